@@ -1,0 +1,123 @@
+"""The door: `python -m bc2exp`, `bc2exp`.
+
+Everything that can be wrong with a configuration is said here, before torch or mlflow are imported and
+before anything is written.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from bc2exp.config.errors import UserError
+from bc2exp.config.load import finalize
+from bc2exp.config.overrides import parse_word, quote
+from bc2exp.config.preflight import Preflight, preflight, prepare_search_path
+from bc2exp.config.register import register
+from bc2exp.config.roots import data_root
+from bc2exp.launch.folder import RunFolder, claim
+from bc2exp.launch.run import DONE, WRONG, run_on_ranks, sync_runs
+
+PARENT_TASKS = ("sync",)
+"""Tasks that need no ranks."""
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(command(sys.argv[1:]))
+
+
+def command(arguments: list[str]) -> int:
+    """Check a command line, then hand it to Hydra; returns the exit code."""
+    options = get_args_parser().parse_args(arguments)
+    launch_folder = Path.cwd()
+    register()
+    prepare_search_path(launch_folder)
+    if options.config_path or options.config_name or options.config_dir:
+        print(
+            "bc2exp: --config-path, --config-name, --config-dir: there is one root configuration; put groups or "
+            "experiments/ of your own into the working folder",
+            file=sys.stderr,
+        )
+        return WRONG
+    if options.help or options.hydra_help or options.info or options.shell_completion:
+        return Door(launch_folder, None).enter(arguments)
+    checked = preflight(options.overrides, sweep=bool(options.multirun), folder=launch_folder)
+    if checked.problems:
+        complain(checked)
+        return WRONG
+    quoted = dict(zip(options.overrides, checked.overrides, strict=True))
+    words = [quoted.get(argument, argument) for argument in arguments]
+    if options.cfg:
+        return Door(launch_folder, None).enter(words)
+    try:
+        return start(launch_folder, checked, words, sweep=bool(options.multirun))
+    except UserError as error:
+        print(f"bc2exp: {error}", file=sys.stderr)
+        return WRONG
+
+
+def start(launch_folder: Path, checked: Preflight, words: list[str], *, sweep: bool) -> int:
+    """Claim the folder of a single run, and let Hydra run the job or the jobs."""
+    chosen = any(parse_word(word).key in ("hydra.run.dir", "hydra.sweep.dir") for word in checked.overrides)
+    plain = finalize(checked.jobs[0], launch_folder)
+    if sweep or chosen or plain["task"]["name"] in PARENT_TASKS:
+        return Door(launch_folder, None).enter(words)
+    folder = claim(plain, launch_folder, None, datetime.now())
+    return Door(launch_folder, folder).enter([*words, f"hydra.run.dir={quote(str(folder.path))}"])
+
+
+class Door:
+    """Hydra's entry with our jobs behind it; remembers the worst exit code, as a job must not raise:
+    that would end a sweep."""
+
+    def __init__(self, launch_folder: Path, claimed: RunFolder | None) -> None:
+        self._launch_folder = launch_folder
+        self._claimed = claimed
+        self._worst = DONE
+
+    def enter(self, words: list[str]) -> int:
+        """Run Hydra on a command line; returns the exit code."""
+        sys.argv = [sys.argv[0], *words]
+        decorate = hydra.main(version_base="1.3", config_path=str(data_root() / "conf"), config_name="config")
+        decorate(self._job)()
+        return self._worst
+
+    def _job(self, config: DictConfig) -> None:
+        try:
+            code = self._run(config)
+        except UserError as error:
+            print(f"bc2exp: {error}", file=sys.stderr)
+            code = WRONG
+        self._worst = max(self._worst, code)
+
+    def _run(self, config: DictConfig) -> int:
+        plain = finalize(config, self._launch_folder)
+        if plain["task"]["name"] in PARENT_TASKS:
+            return sync_runs(plain, self._launch_folder)
+        context = HydraConfig.get()
+        folder = self._claimed or claim(
+            plain, self._launch_folder, Path(context.runtime.output_dir), datetime.now()
+        )
+        overrides = [word for word in context.overrides.task]
+        tags = {"bc2exp.sweep": context.sweep.dir} if context.mode.name == "MULTIRUN" else {}
+        with folder.lock:
+            return run_on_ranks(folder, plain, overrides, self._launch_folder, tags)
+
+
+def complain(checked: Preflight) -> None:
+    """Every mistake, a line each."""
+    number = len(checked.problems)
+    print(f"bc2exp: {number} mistake{'s' * (number > 1)}; nothing was started or written", file=sys.stderr)
+    for problem in checked.problems:
+        print(f"  {problem}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""From a composed configuration to plain data, and from `resolved.yaml` back to typed objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bc2exp.config.fields import field_of
+from bc2exp.config.register import TASKS
+from bc2exp.config.root import Config
+
+
+def finalize(config: DictConfig, folder: Path) -> dict[str, Any]:
+    """The configuration as ranks read it: resolved, enums by name, every path absolute.
+
+    Args:
+        config: a composed configuration that passed `checks.check`.
+        folder: relative paths count from here.
+    """
+    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(plain, dict)
+    _make_absolute(config, plain, folder)
+    task = plain["task"]
+    if task.get("resume") not in (None, "auto", "never"):
+        task["resume"] = str((folder / Path(task["resume"]).expanduser()).resolve())
+    return {str(key): value for key, value in plain.items()}
+
+
+def _make_absolute(node: DictConfig, plain: Any, folder: Path) -> None:
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig):
+            _make_absolute(child, plain[name], folder)
+            continue
+        declared = field_of(node, str(name))
+        if declared is not None and declared.metadata["path"] and plain[name] is not None:
+            plain[name] = str((folder / Path(plain[name]).expanduser()).resolve())
+
+
+def digest(plain: dict[str, Any]) -> str:
+    """Twelve hex digits that two runs share exactly when they compute the same thing.
+
+    Left out: where it is recorded (`tracking`) and how it was started (`task.resume`).
+    """
+    task = {key: value for key, value in plain["task"].items() if key != "resume"}
+    computed = {**{key: value for key, value in plain.items() if key != "tracking"}, "task": task}
+    text = json.dumps(computed, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def read(path: Path) -> Config:
+    """The typed configuration of a run folder's `resolved.yaml`."""
+    plain = OmegaConf.load(path)
+    assert isinstance(plain, DictConfig)
+    schema = OmegaConf.structured(Config)
+    schema.task = OmegaConf.structured(TASKS[plain.task.name])
+    config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
+    assert isinstance(config, Config)
+    return config

@@ -1,0 +1,150 @@
+"""The CPU backend: torch's fused attention, everything else as the eager twin has it.
+
+torch's CPU attention has a causal mode but knows neither segments nor ALiBi, and a ready bias for
+13B at 4096 positions would be 2.7 GB. So where either is asked for, the bias is built for a block of
+query rows at a time, for the keys that block sees, and is rebuilt in backward instead of kept.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bc2exp.hardware import eager
+from bc2exp.hardware.base import Ops
+from bc2exp.hardware.probe import count_devices
+
+QUERY_BLOCK = 256
+"""Query rows whose bias exists at one time."""
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Tensor | None, slopes: Tensor | None, scale: float
+) -> Tensor:
+    """See `base.Attention`."""
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    if segment_ids is None and slopes is None and num_queries in (num_keys, 1):
+        # One query at the last position sees every key: no mask at all.
+        return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale)
+    out: Tensor = _BlockedAttention.apply(q, k, v, segment_ids, slopes, scale)
+    return out
+
+
+class _BlockedAttention(torch.autograd.Function):
+    """Attention by blocks of query rows; keeps q, k, v and recomputes each block in backward.
+
+    torch's own autograd would keep the bias of every block, which together are the [N, S, K] tensor
+    that the blocks are there to avoid.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        segment_ids: Tensor | None,
+        slopes: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, segment_ids, slopes)
+        ctx.scale = scale
+        out = torch.empty_like(q)
+        for rows, keys, bias in _blocks(q, k, segment_ids, slopes):
+            out[:, :, rows] = F.scaled_dot_product_attention(
+                q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=bias, scale=scale
+            )
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, segment_ids, slopes = ctx.saved_tensors
+        # Keys gather gradient from every block: sum in fp32, or bf16 would round once a block.
+        grad_q = torch.empty_like(q)
+        grad_k = torch.zeros_like(k, dtype=torch.float32)
+        grad_v = torch.zeros_like(v, dtype=torch.float32)
+        for rows, keys, bias in _blocks(q, k, segment_ids, slopes):
+            block_q, block_k, block_v = (
+                part.detach().requires_grad_() for part in (q[:, :, rows], k[:, :, keys], v[:, :, keys])
+            )
+            with torch.enable_grad():
+                out = F.scaled_dot_product_attention(
+                    block_q, block_k, block_v, attn_mask=bias, scale=ctx.scale
+                )
+            out.backward(grad_out[:, :, rows])
+            grad_q[:, :, rows] = block_q.grad
+            grad_k[:, :, keys] += block_k.grad
+            grad_v[:, :, keys] += block_v.grad
+        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
+
+
+def _blocks(
+    q: Tensor, k: Tensor, segment_ids: Tensor | None, slopes: Tensor | None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Blocks of query rows, the range of keys each can see, and the mask or bias between the two.
+
+    The third is bool [B or 1, 1, rows, keys] without slopes, fp32 [B or 1, N, rows, keys] with them
+    (torch adds an fp32 bias to bf16 scores in fp32).
+    """
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    for start in range(0, num_queries, QUERY_BLOCK):
+        rows = slice(start, min(start + QUERY_BLOCK, num_queries))
+        stop = num_keys - num_queries + rows.stop
+        seen = None if segment_ids is None else segment_ids[:, :stop]
+        visible = eager.visible_keys(seen, rows.stop - rows.start, stop, q.device)
+        first = 0
+        if segment_ids is not None:
+            # Keys before the oldest segment of this block are seen by none of its rows.
+            first = int(visible.any(dim=1).any(dim=0).to(torch.uint8).argmax())
+        keys, visible = slice(first, stop), visible[:, None, :, first:]
+        if slopes is None:
+            yield rows, keys, visible
+        else:
+            bias = eager.alibi_bias(slopes, rows.stop - rows.start, stop - first)
+            yield rows, keys, bias[None].masked_fill(~visible, float("-inf"))
+
+
+class CpuBackend:
+    """See `base.Backend`."""
+
+    name = "cpu"
+    collectives = "gloo"
+    ops: Ops = replace(eager.OPS, attention=attention)
+
+    def device(self, local_rank: int) -> torch.device:
+        """Every rank of a host shares its one CPU device."""
+        return torch.device("cpu")
+
+    def setup(self, local_rank: int, num_local_ranks: int) -> None:
+        """Give this rank its share of the cores that the process may run on, at least one."""
+        torch.set_num_threads(max(1, _num_available_cores() // num_local_ranks))
+
+    def synchronize(self) -> None:
+        """Nothing is ever queued."""
+
+    def peak_memory_bytes(self) -> int:
+        """The high-water mark of the whole process, the interpreter and torch included."""
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+    def count(self) -> int | None:
+        """No limit: ranks may share cores."""
+        return count_devices(self.name)
+
+
+def _num_available_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+BACKEND = CpuBackend()

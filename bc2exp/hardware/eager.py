@@ -1,0 +1,64 @@
+"""Every operation of `Ops` in plain torch: the reference that the fused answers are held to.
+
+Clear and slow: attention builds the whole [B, N, S, K] score matrix, in fp32. Shapes as in `base`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bc2exp.hardware.base import Ops
+
+
+def visible_keys(segment_ids: Tensor | None, num_queries: int, num_keys: int, device: torch.device) -> Tensor:
+    """Which key each query sees: bool [B or 1, num_queries, num_keys], causal from the bottom right."""
+    key_positions = torch.arange(num_keys, device=device)
+    query_positions = key_positions[num_keys - num_queries :]
+    visible = (key_positions <= query_positions[:, None])[None]
+    if segment_ids is not None:
+        visible = visible & (segment_ids[:, num_keys - num_queries :, None] == segment_ids[:, None, :])
+    return visible
+
+
+def alibi_bias(slopes: Tensor, num_queries: int, num_keys: int) -> Tensor:
+    """slope * (key - query) as fp32 [N, num_queries, num_keys], the queries being the last positions."""
+    key_positions = torch.arange(num_keys, device=slopes.device, dtype=torch.float32)
+    query_positions = key_positions[num_keys - num_queries :]
+    return slopes.float()[:, None, None] * (key_positions - query_positions[:, None])
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Tensor | None, slopes: Tensor | None, scale: float
+) -> Tensor:
+    """See `base.Attention`."""
+    num_queries, num_keys = q.shape[-2], k.shape[-2]
+    scores = scale * (q.float() @ k.float().transpose(-1, -2))
+    if slopes is not None:
+        scores = scores + alibi_bias(slopes, num_queries, num_keys)
+    visible = visible_keys(segment_ids, num_queries, num_keys, q.device)
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    return (scores.softmax(dim=-1) @ v.float()).to(q.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `base.RmsNorm`."""
+    wide = x.float()
+    normalised = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return normalised.to(x.dtype) * weight
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See `base.SwiGlu`."""
+    return F.silu(gate) * up
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See `base.Rotary`."""
+    wide = x.float()
+    first, second = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+OPS = Ops(attention=attention, rms_norm=rms_norm, swiglu=swiglu, rotary=rotary)

@@ -1,0 +1,130 @@
+"""One run, seen by the parent: claim the folder, start the ranks, watch the journal, close the record."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bc2exp.config.errors import UserError
+from bc2exp.hardware import count_devices
+from bc2exp.launch.folder import RunFolder
+from bc2exp.launch.ranks import Failure, Ranks
+from bc2exp.launch.record import write_record
+from bc2exp.launch.stop import StopRequests, stop_requests
+from bc2exp.launch.tracker import NoTracker, Tracker, sync
+from bc2exp.report.summary import summarize
+from bc2exp.report.tables import print_summary
+from bc2exp.tracking.journal import Journal, Tail, last_segment, outcome
+from bc2exp.tracking.progress import Progress
+
+DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
+"""Exit codes of the command."""
+
+_POLL_SECONDS = 0.1
+
+
+def run_on_ranks(
+    folder: RunFolder, plain: dict[str, Any], overrides: list[str], launch_folder: Path, tags: dict[str, str]
+) -> int:
+    """Do a task on its ranks from start to end; returns the exit code."""
+    path = folder.path
+    require_devices(plain)
+    (path / "stop").unlink(missing_ok=True)
+    (path / "logs").mkdir(exist_ok=True)
+    run = write_record(folder, plain, overrides, launch_folder, tags)
+    print(f"{'resuming' if folder.resumed else 'run'}: {show(path, launch_folder)}", flush=True)
+    segment = last_segment(path / "metrics.jsonl") + 1
+    with stop_requests() as requests:
+        tracker = Tracker(path, plain["tracking"]["patience_s"]) if run["tracking"]["enabled"] else NoTracker()
+        failure = watch(path, plain, requests, segment)
+        code = conclude(path, failure, segment)
+        if code in (DONE, STOPPED):
+            print_summary(summarize(path))
+        complaint = tracker.close()
+    if complaint:
+        print(f"bc2exp: {complaint}", file=sys.stderr)
+    print_places(path, run, launch_folder, code)
+    return code
+
+
+def watch(path: Path, plain: dict[str, Any], requests: StopRequests, segment: int) -> Failure | None:
+    """Start the ranks and show their progress until they have ended; why they failed, if they did."""
+    tail = Tail(path / "metrics.jsonl")
+    tail.poll()  # what earlier segments wrote has been shown already
+    ranks = Ranks(path, plain["hardware"]["num_devices"])
+    with Progress(None) as progress:
+        answered = 0
+        while ranks.running():
+            if requests.count > answered:
+                answered = requests.count
+                if answered == 1:
+                    (path / "stop").touch()
+                    progress.say("stopping after this step and saving; once more (Ctrl-C) ends it at once")
+                else:
+                    ranks.kill()
+                    return Failure("lost", "ended at once on request; the last checkpoint stands")
+            for record in tail.poll():
+                progress.update(record)
+            time.sleep(_POLL_SECONDS)
+        for record in tail.poll():
+            progress.update(record)
+    ranks.close()
+    return ranks.failure()
+
+
+def conclude(path: Path, failure: Failure | None, segment: int) -> int:
+    """Decide how the run ended; the parent writes the outcome that no rank could write any more."""
+    file = path / "metrics.jsonl"
+    ending = outcome(file)
+    if failure is None and ending is not None and ending["segment"] == segment:
+        return DONE if ending["event"] == "done" else STOPPED
+    failure = failure or Failure("crash", "the ranks ended without an outcome")
+    with Journal(file, segment) as journal:
+        journal.event("failed", kind=failure.kind, reason=failure.text.splitlines()[-1])
+    print(f"bc2exp: {failure.text}", file=sys.stderr)
+    if failure.kind in ("crash", "lost"):
+        print(f"bc2exp: the run failed; its logs are in {path / 'logs'}", file=sys.stderr)
+    return WRONG if failure.kind == "user" else FAILED
+
+
+def require_devices(plain: dict[str, Any]) -> None:
+    """Raise UserError where this machine has fewer devices than the configuration asks for."""
+    backend, wanted = plain["hardware"]["backend"], plain["hardware"]["num_devices"]
+    present = count_devices(backend)
+    if present is not None and present < wanted:
+        raise UserError(
+            f"hardware={plain['hardware']['name']}: asks for {wanted} {backend} devices, this machine has {present}"
+        )
+
+
+def print_places(path: Path, run: dict[str, Any], launch_folder: Path, code: int) -> None:
+    """Say where everything is, and how to look at it."""
+    if code == DONE:
+        print(f"weights  {show(path / 'weights', launch_folder)} (safetensors, Hugging Face layout)")
+    if (path / "loss.png").is_file():
+        print(f"plot     {show(path / 'loss.png', launch_folder)}")
+    if code == STOPPED:
+        print("stopped  type the same command again to go on from the checkpoint")
+    tracking = run["tracking"]
+    if tracking["enabled"]:
+        print(f"mlflow   mlflow ui --backend-store-uri {shlex.quote(tracking['uri'])}")
+
+
+def show(path: Path, launch_folder: Path) -> str:
+    """A path as a person types it: relative to the launch folder where it lies below."""
+    return str(path.relative_to(launch_folder)) if path.is_relative_to(launch_folder) else str(path)
+
+
+def sync_runs(plain: dict[str, Any], launch_folder: Path) -> int:
+    """The task `sync`: replay one run folder, or every one below runs/, into MLflow."""
+    named = plain["task"]["run"]
+    folders = [Path(named)] if named else sorted(file.parent for file in (launch_folder / "runs").glob("**/run.json"))
+    if named and not (Path(named) / "run.json").is_file():
+        raise UserError(f"task.run={named}: is no run folder (it would hold run.json)")
+    if not folders:
+        print("sync: no run folders below runs/")
+        return DONE
+    return sync(folders)

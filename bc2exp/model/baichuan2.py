@@ -1,0 +1,300 @@
+"""The Baichuan2 network: 7B (rotary positions) and 13B (ALiBi), in one plain file.
+
+Block: x += attention(rms(x)); x += down(silu(gate(x)) * up(x)); then a final norm and NormHead. No bias,
+no dropout, as many key heads as query heads. Read from the published modeling code.
+
+The model knows neither devices nor layouts. Shapes are read from the tensors, so that a rank may hold
+some of the heads; embedding, norm and head may each be None and layers may be missing, so that a rank
+may hold one stage of a pipeline.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+
+from bc2exp.hardware.base import Ops
+from bc2exp.model.cache import Cache
+from bc2exp.model.loss import NORM_EPS, norm_head_loss_sum
+from bc2exp.model.positions import alibi_slopes, rope_tables, segment_positions
+
+POSITIONS = ("rope", "alibi")
+PADDING_ID = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer needs beside the hidden states, worked out once per forward.
+
+    Not bare arguments: a wrapper that casts a layer's floating-point arguments to bf16 would round the
+    tables, which have to stay fp32; it does not look inside an object of ours.
+    """
+
+    segment_ids: Tensor | None  # [batch, keys]
+    rope: tuple[Tensor, Tensor] | None  # cos and sin, fp32 [batch or 1, 1, sequence, head_dim]
+    slopes: Tensor | None  # fp32 [heads of the whole model]
+    cache: Cache | None
+
+
+class RMSNorm(nn.Module):
+    """Root mean square normalisation of the last dim, with a learned factor."""
+
+    def __init__(self, hidden_size: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention.
+
+    `first_head` is the number, in the whole model, of the first head held here: it picks the slopes.
+    """
+
+    def __init__(self, hidden_size: int, head_dim: int, layer_index: int, ops: Ops) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.head_dim = head_dim
+        self.first_head = 0
+        self.layer_index = layer_index
+        self.ops = ops
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        q, k, v = (self._heads(projection(x)) for projection in (self.q_proj, self.k_proj, self.v_proj))
+        if context.rope is not None:
+            q, k = self.ops.rotary(q, *context.rope), self.ops.rotary(k, *context.rope)
+        if context.cache is not None:
+            k, v = context.cache.update(self.layer_index, k, v)
+        slopes = context.slopes
+        if slopes is not None:
+            slopes = slopes[self.first_head : self.first_head + q.shape[1]]
+        out = self.ops.attention(
+            q, k, v, segment_ids=context.segment_ids, slopes=slopes, scale=1.0 / math.sqrt(self.head_dim)
+        )
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """[batch, sequence, heads * head_dim] to [batch, heads, sequence, head_dim]."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+class FeedForward(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, ops: Ops) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class DecoderLayer(nn.Module):
+    """One block of the network; hidden states [batch, sequence, hidden] in and out."""
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, head_dim: int, layer_index: int, eps: float, ops: Ops
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(hidden_size, eps, ops)
+        self.self_attn = Attention(hidden_size, head_dim, layer_index, ops)
+        self.post_attention_layernorm = RMSNorm(hidden_size, eps, ops)
+        self.mlp = FeedForward(hidden_size, intermediate_size, ops)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class NormHead(nn.Module):
+    """The output head: hidden states against unit rows. The weight itself is never written to.
+
+    For a shard of the vocabulary set `vocab_start` and `group` (see `loss.norm_head_loss_sum`); the
+    logits are then those of this shard. `z_loss_ratio`, set by the trainer before a step, is the
+    step's labels / real positions; None takes each call's own.
+    """
+
+    def __init__(self, vocab_size: int, hidden_size: int, z_loss_weight: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+        self.vocab_size = vocab_size
+        self.z_loss_weight = z_loss_weight
+        self.z_loss_ratio: float | None = None
+        self.vocab_start = 0
+        self.group: dist.ProcessGroup | None = None
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        """Logits, fp32 [..., vocabulary]; with labels [...] the loss sum, fp32 [1]. `real` is bool [...]."""
+        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        if labels is None:
+            # Dividing the logits instead of the rows spares a second copy of the weight.
+            norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).clamp_min(NORM_EPS)
+            return F.linear(hidden, weight) / norms
+        return norm_head_loss_sum(
+            hidden.flatten(0, -2),
+            weight,
+            labels.flatten(),
+            real=None if real is None else real.flatten(),
+            z_loss_weight=self.z_loss_weight,
+            z_loss_ratio=self.z_loss_ratio,
+            vocab_start=self.vocab_start,
+            vocab_size=self.vocab_size,
+            group=self.group,
+        )
+
+
+class Baichuan2(nn.Module):
+    """Baichuan2 of any size. Raises ValueError for sizes that do not fit together.
+
+    The weights are uninitialised until `init_weights` or a load; building on the meta device is free.
+    `shape` holds the keyword arguments of this constructor, less `ops`, as plain data.
+    """
+
+    embed_tokens: nn.Embedding | None
+    norm: RMSNorm | None
+    lm_head: NormHead | None
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_layers: int,
+        num_heads: int,
+        position: str,
+        rms_norm_eps: float = 1e-6,
+        rope_theta: float = 10000.0,
+        z_loss_weight: float = 0.0,
+        ops: Ops,
+    ) -> None:
+        super().__init__()
+        head_dim = _head_dim(hidden_size, num_heads, position)
+        self.shape: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "hidden_size": hidden_size,
+            "intermediate_size": intermediate_size,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "position": position,
+            "rms_norm_eps": rms_norm_eps,
+            "rope_theta": rope_theta,
+            "z_loss_weight": z_loss_weight,
+        }
+        self.position = position
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.rope_theta = rope_theta
+        self.embed_tokens = nn.Embedding(vocab_size, hidden_size, padding_idx=PADDING_ID)
+        # Keyed by the number in the whole model: a stage that drops layers keeps every other name.
+        self.layers = nn.ModuleDict(
+            {
+                str(index): DecoderLayer(hidden_size, intermediate_size, head_dim, index, rms_norm_eps, ops)
+                for index in range(num_layers)
+            }
+        )
+        self.norm = RMSNorm(hidden_size, rms_norm_eps, ops)
+        self.lm_head = NormHead(vocab_size, hidden_size, z_loss_weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        segment_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        positions: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits fp32 [batch, sequence, vocabulary], or with labels the loss SUM, fp32 [1].
+
+        input_ids [batch, sequence] (without an embedding here: hidden states of the stage before).
+        segment_ids [batch, sequence]: tokens see their own segment only; 0 is padding. With a cache they
+        cover the cached positions too. labels[b, s] is the token that follows input_ids[b, s], or -100.
+        positions [batch, sequence]: by default they count on from the cache, or restart in each segment.
+        Without norm and head here: the hidden states for the next stage.
+        """
+        context = self._context(input_ids, segment_ids, positions, cache)
+        hidden = input_ids if self.embed_tokens is None else self.embed_tokens(input_ids)
+        for layer in self.layers.values():
+            hidden = layer(hidden, context)
+        if self.norm is not None:
+            hidden = self.norm(hidden)
+        if self.lm_head is None:
+            return hidden
+        real = None if labels is None or segment_ids is None else segment_ids != 0
+        return self.lm_head(hidden, labels, real)
+
+    def _context(
+        self, input_ids: Tensor, segment_ids: Tensor | None, positions: Tensor | None, cache: Cache | None
+    ) -> Context:
+        if self.position == "alibi":
+            return Context(segment_ids, None, alibi_slopes(self.num_heads, input_ids.device), cache)
+        length = input_ids.shape[1]
+        if positions is None and segment_ids is not None:
+            positions = segment_positions(segment_ids)[:, -length:]
+        elif positions is None:
+            start = 0 if cache is None else cache.length
+            positions = torch.arange(start, start + length, device=input_ids.device)[None]
+        cos, sin = rope_tables(positions, self.head_dim, self.rope_theta)
+        return Context(segment_ids, (cos[:, None], sin[:, None]), None, cache)
+
+
+def _head_dim(hidden_size: int, num_heads: int, position: str) -> int:
+    if position not in POSITIONS:
+        raise ValueError(f"position {position!r} is none of {', '.join(POSITIONS)}")
+    if hidden_size % num_heads:
+        raise ValueError(f"hidden_size {hidden_size} cannot be divided among {num_heads} heads")
+    head_dim = hidden_size // num_heads
+    if position == "rope" and head_dim % 2:
+        raise ValueError(f"rope turns pairs of dims, but {hidden_size} / {num_heads} = {head_dim} is odd")
+    return head_dim
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Number of parameters, the padding row of the embedding included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def init_weights(model: nn.Module, *, seed: int, std: float) -> None:
+    """Give every parameter its `initial_tensor`; the model must have storage."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial_tensor(name, tuple(parameter.shape), seed=seed, std=std))
+
+
+def initial_tensor(name: str, shape: tuple[int, ...], *, seed: int, std: float) -> Tensor:
+    """The initial value of the parameter `name` of a Baichuan2, fp32 on the CPU.
+
+    Norms are 1, the head kaiming_uniform(a = sqrt 5), linear layers and the embedding N(0, std) with a
+    padding row of 0. A function of its arguments alone, by a generator of its own seeded from the
+    name: the same weights whatever the device, the layout and the order of creation.
+    """
+    value = torch.ones(shape, dtype=torch.float32)
+    if name.endswith("norm.weight"):
+        return value
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    if name.endswith("lm_head.weight"):
+        return nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    value.normal_(0.0, std, generator=generator)
+    if name.endswith("embed_tokens.weight"):
+        value[PADDING_ID] = 0.0
+    return value

@@ -1,0 +1,233 @@
+"""Cross entropy under NormHead, in chunks, with the gradients computed on the way forward.
+
+The logits are hidden @ normalize(weight)^T, one unit row a word (Yang et al. 2023, "Baichuan 2"). With
+125,696 words the logits of a batch would outweigh the model, so only those of a few rows exist at a
+time: they turn into loss and gradients at once, and backward has nothing left to do but scale.
+
+Legend: T positions, C positions of a chunk, H hidden size, V words of the vocabulary held here (all
+of them without a group). Logits, softmax statistics and the sum of the weight's gradient are fp32;
+the three matrix products run in the inputs' type.
+
+The normalised weight never exists: with inv_v = 1 / |w_v|, logits are (hidden @ weight^T) * inv, and for
+a gradient g_v with respect to the unit row, d/dw_v = inv_v g_v - (inv_v g_v . w_v) inv_v^2 w_v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+IGNORED_LABEL = -100
+NORM_EPS = 1e-12  # as torch.nn.functional.normalize
+CHUNK_BYTES = 64 * 2**20
+"""Size of the fp32 logits of a chunk, where the caller names no number of tokens."""
+ROW_BLOCK = 8192
+"""Rows of the vocabulary handled together where a temporary beside [V, H] is needed."""
+
+
+def norm_head_loss_sum(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    real: Tensor | None = None,
+    z_loss_weight: float = 0.0,
+    z_loss_ratio: float | None = None,
+    chunk_tokens: int | None = None,
+    vocab_start: int = 0,
+    vocab_size: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Sum of the cross entropies of hidden @ normalize(weight)^T over the labels != -100, fp32 [1].
+
+    hidden [T, H] and weight [V, H] share one floating type; labels [T] are int64. Rows labelled -100
+    reach the head only if the z-loss wants them.
+
+    The z-loss of the published 13B code, z_loss_weight * mean(max_logit^2) over all positions that are
+    no padding (`real`, bool [T], default all), is stated there for a mean loss. Here a sum is returned,
+    to be divided by the number of labels later, so what is added is
+    z_loss_weight * z_loss_ratio * sum(max_logit^2), where z_loss_ratio is labels / real positions: of
+    this call by default; give the ratio of the whole step where a step spans several calls.
+
+    With `group`, weight holds the rows [vocab_start, vocab_start + V) of a vocabulary of `vocab_size`
+    words; all ranks of the group pass the same hidden, labels and real, and return the same loss. The
+    gradient of hidden is then THIS RANK'S PARTIAL SUM, to be added up over the group by the caller.
+
+    `chunk_tokens` is C; by default the fp32 logits of a chunk take 64 MiB.
+
+    The graph can be walked back once: a second backward raises RuntimeError. Raises ValueError, naming
+    it, for a label outside the vocabulary.
+    """
+    assert group is None or vocab_size is not None, "a shard does not know the size of the vocabulary"
+    num_words = weight.shape[0] if vocab_size is None else vocab_size
+    rows, z_coefficient = _select_rows(labels, real, num_words, z_loss_weight, z_loss_ratio)
+    if chunk_tokens is None:
+        # From the mean shard, not from this one: every rank has to take part in the same reductions.
+        words_here = num_words if group is None else -(-num_words // group.size())
+        chunk_tokens = max(16, CHUNK_BYTES // (4 * words_here))
+    shard = _Shard(vocab_start, weight.shape[0], group)
+    job = _Job(rows, labels[rows], z_coefficient, chunk_tokens, shard)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        loss: Tensor = _NormHeadLoss.apply(hidden, weight, job)
+        return loss
+    return _loss_and_gradients(hidden, weight, job, False, False)[0]
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """The words [start, start + size) that this rank holds, and whom to ask about the others."""
+
+    start: int
+    size: int
+    group: dist.ProcessGroup | None
+
+    def combine(self, values: Tensor, how: Any) -> None:
+        """Reduce `values` over the group, in place."""
+        if self.group is not None:
+            dist.all_reduce(values, op=how, group=self.group)
+
+    def local(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        """Column of each word [C] in this shard, and whether it is held here (else the column is any)."""
+        columns = words - self.start
+        held = (columns >= 0) & (columns < self.size)
+        return columns.clamp(0, self.size - 1), held
+
+    def first_largest(self, local_max: Tensor, local_words: Tensor, max_logits: Tensor) -> Tensor:
+        """The word with the largest logit [C]; of several shards with that logit, the lowest word."""
+        beyond = torch.iinfo(local_words.dtype).max
+        words = torch.where(local_max == max_logits, local_words + self.start, beyond)
+        self.combine(words, dist.ReduceOp.MIN)
+        return words
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What to compute: the `rows` of hidden that the head sees, and their `labels`."""
+
+    rows: Tensor
+    labels: Tensor
+    z_coefficient: float
+    chunk_tokens: int
+    shard: _Shard
+
+
+def _select_rows(
+    labels: Tensor, real: Tensor | None, num_words: int, z_loss_weight: float, z_loss_ratio: float | None
+) -> tuple[Tensor, float]:
+    """Indices of the rows that the head has to see, and the factor of sum(max_logit^2)."""
+    labelled = labels != IGNORED_LABEL
+    wrong = labelled & ((labels < 0) | (labels >= num_words))
+    if wrong.any():
+        raise ValueError(f"label {int(labels[wrong][0])} is outside the vocabulary of {num_words} words")
+    if z_loss_weight != 0.0:
+        counted = torch.ones_like(labelled) if real is None else real
+        assert not (labelled & ~counted).any(), "a padding position has a label"
+        if z_loss_ratio is None:
+            z_loss_ratio = int(labelled.sum()) / max(1, int(counted.sum()))
+        if z_loss_ratio != 0.0:
+            return counted.nonzero()[:, 0], z_loss_weight * z_loss_ratio
+    return labelled.nonzero()[:, 0], 0.0
+
+
+class _NormHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> Tensor:
+        want_hidden, want_weight, _ = ctx.needs_input_grad
+        loss, *ctx.gradients = _loss_and_gradients(hidden, weight, job, want_hidden, want_weight)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if ctx.gradients is None:
+            # They were scaled in place the first time: a spare copy of [V, H] is what we cannot afford.
+            raise RuntimeError("the NormHead loss can be walked back only once")
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        for gradient in (grad_hidden, grad_weight):
+            if gradient is not None:
+                gradient.mul_(grad_loss)
+        return grad_hidden, grad_weight, None
+
+
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, job: _Job, want_hidden: bool, want_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss [1], gradient of hidden [T, H] and of weight [V, H] (None unless wanted)."""
+    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
+    inverse_norms = norms.clamp_min_(NORM_EPS).reciprocal_()
+    loss = torch.zeros(1, dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.zeros_like(hidden) if want_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+    num_rows = min(job.chunk_tokens, job.rows.shape[0])
+    # One buffer in the inputs' type for the products, one in fp32 for all else; in fp32, the same one.
+    products = torch.empty(num_rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    logits = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
+    chunks = (part.split(job.chunk_tokens) for part in (job.rows, job.labels))
+    for rows, labels in zip(*chunks, strict=True):
+        h, n = hidden[rows], rows.shape[0]
+        torch.mm(h, weight.T, out=products[:n])
+        torch.mul(products[:n], inverse_norms, out=logits[:n])
+        chunk_loss, sums = _loss_and_logit_gradients_(logits[:n], labels, job)
+        loss += chunk_loss
+        if want_hidden or want_weight:
+            torch.mul(logits[:n], inverse_norms, out=products[:n])
+        if grad_hidden is not None:
+            grad_hidden[rows] = ((products[:n] @ weight) / sums[:, None]).to(hidden.dtype)
+        if grad_weight is not None:
+            scaled = (h / sums[:, None]).to(h.dtype)
+            for words in _blocks(weight.shape[0]):
+                grad_weight[words] += products[:n, words].T @ scaled
+    if grad_weight is not None:
+        _through_normalisation_(grad_weight, weight, inverse_norms)
+        grad_weight = grad_weight.to(weight.dtype)
+    return loss, grad_hidden, grad_weight
+
+
+def _loss_and_logit_gradients_(logits: Tensor, labels: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk and its softmax sums [C]; turns `logits` [C, V] into their gradient times the sums.
+
+    Leaving the division to the [C, H] factors of the products saves a pass over [C, V].
+    """
+    shard = job.shard
+    local_max, local_words = logits.max(dim=1)
+    max_logits = local_max.clone()
+    shard.combine(max_logits, dist.ReduceOp.MAX)
+    labelled = labels != IGNORED_LABEL
+    columns, held = shard.local(labels)
+    held &= labelled
+    target_logits = logits.gather(1, columns[:, None])[:, 0] * held
+    exponentials = logits.sub_(max_logits[:, None]).exp_()
+    statistics = torch.stack((exponentials.sum(dim=1), target_logits))
+    shard.combine(statistics, dist.ReduceOp.SUM)
+    sums, target_logits = statistics
+    loss = ((sums.log() + max_logits - target_logits) * labelled).sum()
+    if job.z_coefficient != 0.0:
+        loss = loss + job.z_coefficient * max_logits.square().sum()
+        exponentials.mul_(labelled[:, None])  # the others are here for the z-loss alone
+    exponentials.scatter_add_(1, columns[:, None], (-sums * held)[:, None])
+    if job.z_coefficient != 0.0:
+        columns, held = shard.local(shard.first_largest(local_max, local_words, max_logits))
+        slopes = 2 * job.z_coefficient * max_logits * held
+        exponentials.scatter_add_(1, columns[:, None], (slopes * sums)[:, None])
+    return loss, sums
+
+
+def _through_normalisation_(gradient: Tensor, weight: Tensor, inverse_norms: Tensor) -> None:
+    """Turns inv * d/d(unit row) [V, H] into d/d(row), in place."""
+    for words in _blocks(weight.shape[0]):
+        rows, inverse = weight[words].float(), inverse_norms[words]
+        along = (gradient[words] * rows).sum(dim=1) * inverse.square()
+        # A row shorter than the epsilon is divided by the epsilon, a constant.
+        along *= inverse < 1.0 / NORM_EPS
+        gradient[words].addcmul_(rows, along[:, None], value=-1)
+
+
+def _blocks(num_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, ROW_BLOCK):
+        yield slice(start, start + ROW_BLOCK)

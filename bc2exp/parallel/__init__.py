@@ -1,0 +1,1 @@
+"""A finished model laid over several ranks, from outside."""

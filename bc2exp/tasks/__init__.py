@@ -1,0 +1,22 @@
+"""The tasks that ranks do, one function each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from bc2exp.config.root import Config
+from bc2exp.parallel.world import World
+from bc2exp.tracking.journal import Journal, NullJournal
+
+Task = Callable[[Config, Path, World, "Journal | NullJournal"], str]
+"""Configuration, run folder, ranks, journal -> `done` or `stopped`."""
+
+
+def get_task(name: str) -> Task:
+    """The function of a task; its module is imported only here."""
+    if name == "pretrain":
+        from bc2exp.tasks.pretrain import pretrain
+
+        return pretrain
+    raise AssertionError(f"task {name!r} is not done by ranks")

@@ -1,0 +1,113 @@
+"""What the training tasks share: the model a configuration means, and its final weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bc2exp.config.errors import UserError
+from bc2exp.config.model import ModelConfig
+from bc2exp.config.root import Config
+from bc2exp.model.baichuan2 import Baichuan2, init_weights, parameter_count
+from bc2exp.parallel.shard import whole
+from bc2exp.parallel.world import World
+from bc2exp.text.tokenizer import Tokenizer
+from bc2exp.tracking.journal import Journal, NullJournal
+from bc2exp.train.throughput import Throughput, flops_per_token
+from bc2exp.weights.hf import load_hf_into, save_hf
+
+
+def find_vocabulary(model: ModelConfig, tokenizer: Tokenizer, journal: Journal | NullJournal) -> int:
+    """Rows of embedding and head: as configured, else the tokenizer's pieces.
+
+    Raises UserError for a tokenizer with more pieces than the model has rows; fewer are noted.
+    """
+    if model.vocab_size is None:
+        return tokenizer.vocab_size
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"model.tokenizer={tokenizer.path}: has {tokenizer.vocab_size} pieces, more than "
+            f"model.vocab_size={model.vocab_size} of {model.name}; use the tokenizer the model was made with"
+        )
+    if tokenizer.vocab_size < model.vocab_size:
+        journal.event(
+            "note",
+            text=f"the tokenizer has {tokenizer.vocab_size} pieces, the model {model.vocab_size} rows: "
+            "the rest is never trained on",
+        )
+    return model.vocab_size
+
+
+def build_model(model: ModelConfig, vocab_size: int, *, seed: int, init_std: float, world: World) -> Baichuan2:
+    """The model with fp32 parameters on this rank's device: fresh, or from `model.weights`."""
+    with torch.device("meta"):
+        built = Baichuan2(
+            vocab_size=vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_layers=model.num_layers,
+            num_heads=model.num_heads,
+            position=model.position.value,
+            rms_norm_eps=model.rms_norm_eps,
+            rope_theta=model.rope_theta,
+            z_loss_weight=model.z_loss_weight,
+            ops=world.backend.ops,
+        )
+    built.to_empty(device=world.device)
+    if model.weights is None:
+        init_weights(built, seed=seed, std=init_std)
+    else:
+        try:
+            load_hf_into(built, Path(model.weights))
+        except ValueError as error:
+            raise UserError(f"model.weights={model.weights}: {error}") from None
+    return built
+
+
+def measure_throughput(model: nn.Module, config: Config, vocab_size: int, global_batch: int) -> Throughput:
+    """The measure of a run's speed. The model is not yet sharded, so its parameters can be counted."""
+    return Throughput(
+        global_batch=global_batch,
+        sequence_length=config.dataset.sequence_length,
+        num_devices=config.hardware.num_devices,
+        flops_per_token=flops_per_token(
+            num_parameters=parameter_count(model),
+            vocab_size=vocab_size,
+            hidden_size=config.model.hidden_size,
+            num_layers=config.model.num_layers,
+            sequence_length=config.dataset.sequence_length,
+        ),
+        peak_tflops=config.hardware.peak_tflops,
+    )
+
+
+def export(
+    model: nn.Module, shape: ModelConfig, vocab_size: int, tokenizer: Tokenizer, folder: Path, world: World
+) -> None:
+    """Write the weights in HF layout with the tokenizer beside them; every rank must call it."""
+    tensors = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+    if world.rank != 0:
+        return
+    if folder.exists():  # of an earlier end of this same run, now trained further
+        shutil.rmtree(folder)
+    save_hf(
+        tensors,
+        folder,
+        config={
+            "vocab_size": vocab_size,
+            "hidden_size": shape.hidden_size,
+            "intermediate_size": shape.intermediate_size,
+            "num_layers": shape.num_layers,
+            "num_heads": shape.num_heads,
+            "position": shape.position.value,
+            "max_positions": shape.max_positions,
+            "rms_norm_eps": shape.rms_norm_eps,
+            "rope_theta": shape.rope_theta,
+            "z_loss_weight": shape.z_loss_weight,
+        },
+        dtype=torch.float32,
+        tokenizer=tokenizer.path,
+    )

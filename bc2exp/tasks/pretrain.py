@@ -1,0 +1,141 @@
+"""Next-token training on plain text."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from bc2exp.config.errors import UserError
+from bc2exp.config.root import Config
+from bc2exp.config.task import PretrainConfig
+from bc2exp.data.batches import evaluation_batches, training_batches
+from bc2exp.data.sources import documents
+from bc2exp.data.tokens import TokenStream, build_streams
+from bc2exp.parallel.shard import parallelize
+from bc2exp.parallel.world import World
+from bc2exp.tasks.build import build_model, export, find_vocabulary, measure_throughput
+from bc2exp.text.tokenizer import Tokenizer, find_tokenizer
+from bc2exp.tracking.journal import Journal, NullJournal
+from bc2exp.train.checkpoint import Checkpoints, Progress
+from bc2exp.train.optimizer import build_optimizer, lr_schedule
+from bc2exp.train.trainer import Trainer
+
+
+def pretrain(config: Config, folder: Path, world: World, journal: Journal | NullJournal) -> str:
+    """Train a model on text; leaves checkpoints, the journal and the final weights in `folder`."""
+    task, data, hardware = config.task, config.dataset, config.hardware
+    assert isinstance(task, PretrainConfig)
+    tokenizer = Tokenizer(find_tokenizer(config.model.tokenizer, config.model.weights))
+    vocab_size = find_vocabulary(config.model, tokenizer, journal)
+    train, held_out = read_streams(config, tokenizer, journal)
+    steps = total_steps(task, train.num_samples(data.sequence_length))
+    micro_batch = task.micro_batch or task.global_batch // world.size
+    model = build_model(config.model, vocab_size, seed=config.seed, init_std=task.init_std, world=world)
+    throughput = measure_throughput(model, config, vocab_size, task.global_batch)
+    parallelize(model, world, replicate=config.parallelism.replicate, precision=hardware.precision.value)
+    optimizer = build_optimizer(
+        model,
+        lr=task.optimizer.lr,
+        beta1=task.optimizer.beta1,
+        beta2=task.optimizer.beta2,
+        eps=task.optimizer.eps,
+        weight_decay=task.optimizer.weight_decay,
+    )
+    checkpoints = Checkpoints(
+        folder / "checkpoints",
+        keep=task.keep_checkpoints,
+        writes=world.rank == 0,
+        tell=lambda text: journal.event("note", text=text),
+    )
+    progress = checkpoints.load_newest(model, optimizer) or Progress(0, 0)
+    journal.event("start", step=progress.step, total_steps=steps, world_size=world.size)
+    trainer = Trainer(
+        model=model,
+        optimizer=optimizer,
+        world=world,
+        journal=journal,
+        checkpoints=checkpoints,
+        throughput=throughput,
+        batches=training_batches(
+            train,
+            sequence_length=data.sequence_length,
+            global_batch=task.global_batch,
+            micro_batch=micro_batch,
+            rank=world.rank,
+            num_ranks=world.size,
+            seed=config.seed,
+        ),
+        evaluation=evaluation_batches(
+            held_out,
+            sequence_length=data.sequence_length,
+            micro_batch=micro_batch,
+            rank=world.rank,
+            num_ranks=world.size,
+            num_samples=task.eval_samples,
+        ),
+        lr_at=lr_schedule(
+            kind=task.schedule.kind.value,
+            lr=task.optimizer.lr,
+            min_lr=task.schedule.min_lr,
+            steps=steps,
+            warmup_steps=task.schedule.warmup_steps,
+            warmup_fraction=task.schedule.warmup_fraction,
+        ),
+        steps=steps,
+        global_batch=task.global_batch,
+        clip_norm=task.optimizer.clip_norm,
+        log_every=task.log_every,
+        eval_every=task.eval_every,
+        save_every=task.save_every,
+        stop_file=folder / "stop",
+    )
+    outcome = trainer.run(progress.step)
+    if outcome == "done":
+        export(model, config.model, vocab_size, tokenizer, folder / "weights", world)
+    return outcome
+
+
+def read_streams(
+    config: Config, tokenizer: Tokenizer, journal: Journal | NullJournal
+) -> tuple[TokenStream, TokenStream]:
+    """The training and the held-out tokens of the data set, recorded in the journal."""
+    data = config.dataset
+    texts = documents(data.source.value, data.path, data.column)
+    encoded = tokenizer.encode_documents(texts, num_threads=torch.get_num_threads())
+    streams = build_streams(encoded, data.split, tokenizer.eos_id if data.append_eos else None)
+    train, held_out = streams[0], streams[1]
+    if not train.num_samples(data.sequence_length):
+        raise UserError(
+            f"dataset.sequence_length={data.sequence_length}: the training part of {data.name} has only "
+            f"{len(train.tokens)} tokens, fewer than one sample; shorten the samples or name more text"
+        )
+    journal.event(
+        "data",
+        name=data.name,
+        path=data.path or data.source.value,
+        digest=train.digest()[:36],
+        documents=sum(stream.num_documents for stream in streams),
+        tokens=sum(len(stream.tokens) for stream in streams),
+        train_tokens=len(train.tokens),
+        train_samples=train.num_samples(data.sequence_length),
+        held_out_samples=held_out.num_samples(data.sequence_length),
+        unigram_entropy=train.unigram_entropy(),
+        tokenizer=tokenizer.digest,
+    )
+    return train, held_out
+
+
+def total_steps(task: PretrainConfig, num_samples: int) -> int:
+    """Optimizer steps of the training: as configured, or of whole global batches in the epochs."""
+    if task.steps is not None:
+        return task.steps
+    assert task.epochs is not None
+    steps = math.floor(task.epochs * num_samples / task.global_batch)
+    if not steps:
+        raise UserError(
+            f"task.epochs={task.epochs:g}: {num_samples} samples are fewer than one global batch of "
+            f"{task.global_batch}; more epochs, a smaller task.global_batch, or task.steps=1"
+        )
+    return steps

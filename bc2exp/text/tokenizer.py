@@ -1,0 +1,79 @@
+"""SentencePiece, read directly.
+
+The published Baichuan2 tokenizer class breaks on every transformers since 4.34; the model file itself does
+not. Raw text follows bare SentencePiece: `<s>` in a document is ordinary text, nothing is added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import sentencepiece
+
+from bc2exp.config.errors import UserError
+from bc2exp.embedded import TOKENIZER
+
+_BATCH_DOCUMENTS = 1024
+
+
+class Tokenizer:
+    """A SentencePiece model.
+
+    Attributes:
+        path: the model file.
+        vocab_size: number of pieces.
+        eos_id: the id that ends a text.
+        digest: sha256 of the file, hexadecimal.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            content = path.read_bytes()
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"model.tokenizer={path}: is not a SentencePiece model ({_first_line(error)}); Baichuan2's own is "
+                "the file tokenizer.model of its published model folder"
+            ) from None
+        self.digest = hashlib.sha256(content).hexdigest()
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.eos_id: int = self._processor.eos_id()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; nothing is added."""
+        return list(self._processor.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids: `decode(encode(text)) == text`."""
+        return str(self._processor.decode(list(ids)))
+
+    def encode_documents(self, documents: Iterable[str], *, num_threads: int = 1) -> Iterator[array[int]]:
+        """The ids (int32) of each document, in order, in bounded memory."""
+        stream = iter(documents)
+        while batch := list(islice(stream, _BATCH_DOCUMENTS)):
+            for ids in self._processor.encode(batch, num_threads=num_threads):
+                yield array("i", ids)
+
+
+def find_tokenizer(tokenizer: str | None, weights: str | None) -> Path:
+    """The tokenizer file a configuration means.
+
+    Args:
+        tokenizer: `model.tokenizer`: a file, or a folder that holds `tokenizer.model`.
+        weights: `model.weights`: its folder's own tokenizer serves where none is named.
+    """
+    if tokenizer is not None:
+        path = Path(tokenizer)
+        return path / "tokenizer.model" if path.is_dir() else path
+    if weights is not None and (Path(weights) / "tokenizer.model").is_file():
+        return Path(weights) / "tokenizer.model"
+    return TOKENIZER
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

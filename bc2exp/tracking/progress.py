@@ -1,0 +1,150 @@
+"""A run's progress on the screen, from its journal: a live bar on a terminal, a few plain lines elsewhere.
+
+What is shown depends on the records alone. The time left, too, comes from the times in the journal and not
+from a clock here: a journal read later shows what was shown then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import progress as bar
+from rich.console import Console
+from rich.text import Text
+
+from bc2exp.tracking.journal import OUTCOMES
+
+
+class Progress:
+    """Shows records of a journal: `update` for each, `close` at the end, or use it in a `with`.
+
+    `total_steps` is the number of the last optimizer step, None while it is not known (a "start" event with
+    `steps` tells it). `lines` is about how many steps are shown where there is no terminal.
+    """
+
+    def __init__(self, total_steps: int | None, console: Console | None = None, lines: int = 25) -> None:
+        self._total = total_steps
+        self._console = console or Console()
+        self._lines = lines
+        self._latest: dict[str, float] = {}
+        self._step = 0
+        self._begin: tuple[int, float] | None = None
+        self._time = 0.0
+        self._next = 0
+        self._unshown = False
+        self._bar: bar.Progress | None = None
+        if self._console.is_terminal:
+            self._bar = bar.Progress(
+                bar.TextColumn("step {task.completed:.0f}/{task.fields[of]}"),
+                bar.BarColumn(bar_width=None),
+                bar.TextColumn("{task.fields[values]}"),
+                console=self._console,
+                refresh_per_second=4,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=total_steps, of=self._of, values="")
+            self._bar.start()
+
+    def update(self, record: dict[str, Any]) -> None:
+        """Show one record of the journal."""
+        if "metrics" in record:
+            self._metrics(record)
+        elif text := self._event(record):
+            self._show_unshown()
+            self._say(text)
+
+    def close(self) -> None:
+        """Show the last step if it was not shown, and take the bar off."""
+        self._show_unshown()
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def _of(self) -> str:
+        return "?" if self._total is None else str(self._total)
+
+    def _metrics(self, record: dict[str, Any]) -> None:
+        self._step, self._time = record["step"], record["time"]
+        values = record["metrics"]
+        if "train/loss" in values:
+            # The first step pays for start-up: time is counted from its end.
+            self._begin = self._begin or (self._step, self._time)
+            self._latest = values
+            self._unshown = True
+            if self._bar is not None:
+                self._bar.update(
+                    self._task,
+                    completed=self._step,
+                    total=self._total,
+                    of=self._of,
+                    values=" ".join(self._fields(short=True)),
+                )
+            elif self._step >= self._next:
+                self._show_unshown()
+        if "eval/loss" in values:
+            self._show_unshown()
+            self._say(f"step {self._step}/{self._of}  evaluation loss {values['eval/loss']:.4f}")
+
+    def _show_unshown(self) -> None:
+        if self._bar is not None or not self._unshown:
+            return
+        self._unshown = False
+        self._say(f"step {self._step:>{len(self._of)}}/{self._of}  " + "  ".join(self._fields(short=False)))
+        # Without a known end the lines come at growing distances, so that they stay few as well.
+        pace = max(1, (self._step // 4 if self._total is None else self._total // self._lines))
+        self._next = (self._step // pace + 1) * pace
+
+    def _fields(self, short: bool) -> list[str]:
+        values = self._latest
+        fields = [f"loss {values['train/loss']:.4f}"]
+        if "train/lr" in values:
+            fields.append(f"lr {values['train/lr']:.2e}")
+        if "train/grad_norm" in values and not short:
+            fields.append(f"grad norm {values['train/grad_norm']:.3g}")
+        if "perf/tokens_per_s_per_device" in values:
+            unit = "tok/s/dev" if short else "tokens/s/device"
+            fields.append(f"{values['perf/tokens_per_s_per_device']:.0f} {unit}")
+        if (left := self._seconds_left()) is not None:
+            fields.append(f"{_duration(left)} left")
+        return fields
+
+    def _seconds_left(self) -> float | None:
+        if self._total is None or self._begin is None or self._step <= self._begin[0]:
+            return None
+        step, time = self._begin
+        return (self._total - self._step) * (self._time - time) / (self._step - step)
+
+    def _event(self, record: dict[str, Any]) -> str | None:
+        kind = record["event"]
+        if kind == "start":
+            self._begin, self._next = None, 0
+            self._total = record.get("steps") or self._total
+            return f"resumed from step {record['step']}" if record["step"] else None
+        if kind == "data":
+            sizes = {key: record.get(key) for key in ("documents", "tokens")}
+            known = [f"{size:,} {key}" for key, size in sizes.items() if size is not None]
+            return ", ".join([f"data {record['name']}", *known])
+        if kind == "checkpoint":
+            return f"step {record['step']}: checkpoint saved in {record['path']}"
+        if kind == "note":
+            return str(record["text"])
+        # A run that dies before its first step has no step to name.
+        where = f" at step {record['step']}" if record.get("step") is not None else ""
+        reason = f": {record['reason']}" if record.get("reason") else ""
+        return f"{kind}{where}{reason}" if kind in OUTCOMES else None
+
+    def _say(self, text: str) -> None:
+        # Text, not markup: a path may hold brackets. soft_wrap: a line in a log file is never broken.
+        self._console.print(Text(text), soft_wrap=True)
+
+
+def _duration(seconds: float) -> str:
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"

@@ -1,0 +1,111 @@
+"""The rank side of a run: `python -m bc2exp.worker RUN_FOLDER`, alone or under torchrun.
+
+A rank knows nothing of Hydra or MLflow. It reads `resolved.yaml`, does the task, and dies with its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from bc2exp.config.errors import UserError
+
+
+def main() -> None:
+    """Do this rank's part of the run in the folder named on the command line."""
+    folder = Path(sys.argv[1])
+    rank = int(os.environ.get("RANK", "0"))
+    die_with_parent()
+    redirect_output(folder / "logs" / f"rank-{rank}.log")
+    try:
+        code = run_rank(folder, rank)
+    except BaseException as error:
+        report(folder, rank, error)
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # threads of a broken collective must not keep a failed rank alive
+
+
+def run_rank(folder: Path, rank: int) -> int:
+    """Set up the device, meet the other ranks, do the task, record its outcome."""
+    from bc2exp.config.load import read
+    from bc2exp.hardware import get_backend
+    from bc2exp.parallel.world import World
+    from bc2exp.tasks import get_task
+    from bc2exp.tracking.journal import Journal, NullJournal, last_segment
+
+    config = read(folder / "resolved.yaml")
+    world = World(
+        rank=rank,
+        size=int(os.environ.get("WORLD_SIZE", "1")),
+        local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        backend=get_backend(config.hardware.backend.value),
+    )
+    path = folder / "metrics.jsonl"
+    journal = Journal(path, last_segment(path) + 1) if rank == 0 else NullJournal()
+    world.backend.setup(world.local_rank, world.local_size)
+    world.join()
+    outcome = get_task(config.task.name)(config, folder, world, journal)
+    world.leave()
+    journal.event(outcome)
+    return 0
+
+
+def die_with_parent() -> None:
+    """End this process when the parent of the run ends, however it ends.
+
+    torchrun puts ranks into sessions of their own, so no signal to a group reaches them. The standard input
+    is a pipe that only the parent writes to and never does: its end is the parent's end. Where the kernel
+    can also send a signal at the death of the process above, it is asked to.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def wait_for_end() -> None:
+        while os.read(0, 4096):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait_for_end, daemon=True).start()
+
+
+def redirect_output(path: Path) -> None:
+    """Send what this rank prints to its log; the terminal belongs to the parent."""
+    path.parent.mkdir(exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(descriptor, stream)
+    os.close(descriptor)
+
+
+def report(folder: Path, rank: int, error: BaseException) -> None:
+    """Leave the error where the parent looks for it, and in the log.
+
+    `kind`: `user` (wrong input, exit code 2), `training` (training cannot go on) or `crash` (a traceback).
+    """
+    kind = "crash"
+    if isinstance(error, UserError):
+        kind = "user"
+    elif type(error).__name__ == "TrainingError":
+        kind = "training"
+    text = str(error) if kind != "crash" else "".join(traceback.format_exception(error))
+    print(text, file=sys.stderr)
+    path = folder / "logs" / f"rank-{rank}.error.json"
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps({"rank": rank, "time": time.time(), "kind": kind, "text": text}))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The CPU's operations against their eager twins, values and gradients."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bc2exp.hardware import count_devices, cpu, eager, get_backend
+from bc2exp.model.positions import alibi_slopes, rope_tables
+
+OPS = get_backend("cpu").ops
+
+
+def packed(batch: int, length: int) -> torch.Tensor:
+    """Ids of several segments a row, padding at the end; row 1 is one segment, row 2 only padding."""
+    ids = torch.zeros(batch, length, dtype=torch.int64)
+    ends = (0, length // 5, length // 2, 7 * length // 8)
+    for number, (start, stop) in enumerate(itertools.pairwise(ends), start=1):
+        ids[:, start:stop] = number
+    ids[1:2] = 1
+    ids[2:3] = 0
+    return ids
+
+
+def outputs_and_gradients(attention, tensors, **settings):
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+    out = attention(*leaves, scale=0.3, **settings)
+    direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out, *torch.autograd.grad(out, leaves, direction)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("length", [7, 600])
+def test_attention_equals_its_eager_twin(dtype, alibi, segments, length):
+    torch.manual_seed(0)
+    num_heads = 6
+    tensors = [torch.randn(3, num_heads, length, 16).to(dtype) for _ in range(3)]
+    settings = {
+        "segment_ids": packed(3, length) if segments else None,
+        "slopes": alibi_slopes(num_heads) if alibi else None,
+    }
+    ours = outputs_and_gradients(OPS.attention, tensors, **settings)
+    # The twin gets the same values in fp32: bf16 may cost rounding of the result, never of the bias.
+    expected = outputs_and_gradients(eager.attention, [tensor.float() for tensor in tensors], **settings)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(ours, expected, strict=True):
+        assert mine.dtype == dtype
+        torch.testing.assert_close(mine.float(), theirs, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("num_queries", [1, 3, 300])
+def test_the_last_queries_against_cached_keys_equal_those_rows_of_the_whole(alibi, segments, num_queries):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(3, 5, 400, 8) for _ in range(3))
+    settings = {
+        "segment_ids": packed(3, 400) if segments else None,
+        "slopes": alibi_slopes(5) if alibi else None,
+        "scale": 0.3,
+    }
+    whole = eager.attention(q, k, v, **settings)
+    for attention in (OPS.attention, eager.attention):
+        last = attention(q[:, :, -num_queries:], k, v, **settings)
+        torch.testing.assert_close(last, whole[:, :, -num_queries:], rtol=1e-5, atol=1e-5)
+
+
+def test_no_bias_is_ever_as_large_as_all_scores():
+    largest = 0
+    q = torch.empty(1, 6, 2048, 8)
+    for _, _, bias in cpu._blocks(q, q, torch.ones(1, 2048, dtype=torch.int64), alibi_slopes(6)):
+        largest = max(largest, bias.numel())
+    assert largest <= 6 * cpu.QUERY_BLOCK * 2048
+
+
+def test_keys_that_a_block_cannot_see_are_not_computed():
+    ids = torch.arange(1, 17).repeat_interleave(64)[None]
+    q = torch.empty(1, 1, 1024, 8)
+    widths = [keys.stop - keys.start for _, keys, _ in cpu._blocks(q, q, ids, None)]
+    assert widths == [256] * 4
+
+
+def test_the_bias_is_fp32_for_bf16_scores():
+    # Two keys compete for the last query: itself, and one 257 back whose score of 256 nearly makes up for
+    # its bias of -257. In bf16 -257 is -256, and the two would draw.
+    q, k, v = (torch.zeros(1, 1, 600, 8, dtype=torch.bfloat16) for _ in range(3))
+    q[..., 0] = 16.0
+    k[..., :-1, 0] = -512.0
+    k[..., -1 - 257, 0] = 16.0
+    v[..., -1 - 257, :] = 1.0
+    out = OPS.attention(q, k, v, segment_ids=None, slopes=torch.tensor([1.0]), scale=1.0)
+    expected = torch.tensor([0.0, -1.0]).softmax(0)[1]
+    torch.testing.assert_close(out[0, 0, -1, 0].float(), expected, rtol=4e-3, atol=0)
+
+
+def test_rms_norm():
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 3, 16), torch.randn(16)
+    expected = torch.nn.functional.rms_norm(x, (16,), weight, eps=1e-2)
+    torch.testing.assert_close(OPS.rms_norm(x, weight, 1e-2), expected)
+    # The mean of squares is in fp32: in bf16 300 squared and 1 squared add up to 300 squared.
+    large = torch.full((1, 1024), 1.0, dtype=torch.bfloat16)
+    large[0, 0] = 300.0
+    out = OPS.rms_norm(large, torch.ones(1024, dtype=torch.bfloat16), 0.0)
+    torch.testing.assert_close(out[0, 1].float(), torch.tensor((1024 / 91023) ** 0.5), rtol=4e-3, atol=0)
+
+
+def test_swiglu():
+    gate, up = torch.randn(2, 8), torch.randn(2, 8)
+    torch.testing.assert_close(OPS.swiglu(gate, up), gate * torch.sigmoid(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_turns_each_pair_of_halves_by_its_angle(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(1, 2, 5, 8).to(dtype)
+    cos, sin = rope_tables(torch.arange(2000, 2005)[None], 8, 10000.0)
+    out = OPS.rotary(x, cos[:, None], sin[:, None])
+    assert out.dtype == dtype
+    pairs = torch.complex(x[..., :4].double(), x[..., 4:].double())
+    angles = torch.arange(2000, 2005).double()[:, None] * 10000.0 ** (-torch.arange(0, 8, 2).double() / 8)
+    turned = pairs * torch.polar(torch.ones_like(angles), angles)
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    tolerance = 1e-3 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_unknown_backends_are_refused_with_the_known_ones():
+    for ask in (get_backend, count_devices):
+        with pytest.raises(ValueError, match=r"abacus.*known: cpu"):
+            ask("abacus")
+
+
+def test_the_cpu_backend_answers():
+    backend = get_backend("cpu")
+    assert (backend.name, backend.collectives, backend.count()) == ("cpu", "gloo", None)
+    assert backend.device(3) == torch.device("cpu")
+    assert 50 * 2**20 < backend.peak_memory_bytes() < 2**40
+    backend.synchronize()
+
+
+def test_ranks_of_a_host_share_its_cores():
+    before = torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        for num_ranks, expected in ((1, cores), (cores, 1), (10 * cores, 1)):
+            get_backend("cpu").setup(0, num_ranks)
+            assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_devices_are_counted_without_torch():
+    code = "import sys; from bc2exp.hardware import *; print(count_devices('cpu'), 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "False"]

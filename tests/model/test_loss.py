@@ -1,0 +1,184 @@
+"""The chunked NormHead loss against the plain one, whole and in vocabulary shards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn import functional as F
+
+from bc2exp.model.loss import norm_head_loss_sum
+
+VOCAB, HIDDEN, TOKENS = 211, 24, 37
+LABELLED = 28
+
+
+def problem(dtype=torch.float32):
+    """hidden [T, H], weight [V, H], labels [T] with some -100, real [T] with some padding."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator).to(dtype)
+    weight = (torch.randn(VOCAB, HIDDEN, generator=generator) * 0.1).to(dtype)
+    labels = torch.randint(0, VOCAB, (TOKENS,), generator=generator)
+    labels[torch.randperm(TOKENS, generator=generator)[LABELLED:]] = -100
+    real = torch.ones(TOKENS, dtype=torch.bool)
+    real[(labels == -100).nonzero()[:4, 0]] = False
+    return hidden.requires_grad_(), weight.requires_grad_(), labels, real
+
+
+def plain(hidden, weight, labels, real=None, z_loss_weight=0.0, z_loss_ratio=None):
+    """The same loss with all logits at once."""
+    logits = hidden.float() @ F.normalize(weight.float()).T
+    loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    if z_loss_weight:
+        largest = logits.max(dim=1).values[slice(None) if real is None else real]
+        ratio = (labels != -100).sum() / len(largest) if z_loss_ratio is None else z_loss_ratio
+        loss = loss + z_loss_weight * ratio * largest.square().sum()
+    return loss
+
+
+def gradients(loss, hidden, weight, factor=1.0):
+    return torch.autograd.grad(loss * factor, (hidden, weight))
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 1, 5, 28, 1000])
+@pytest.mark.parametrize("factor", [1.0, -0.37])
+def test_equals_the_plain_loss_at_every_chunk_size_and_scale(chunk_tokens, factor):
+    hidden, weight, labels, _ = problem()
+    expected = plain(hidden, weight, labels)
+    ours = norm_head_loss_sum(hidden, weight, labels, chunk_tokens=chunk_tokens)
+    assert ours.shape == (1,)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=0)
+    theirs = gradients(expected, hidden, weight, factor)
+    for mine, their in zip(gradients(ours, hidden, weight, factor), theirs, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("ratio", [None, 0.7])
+def test_z_loss_counts_every_real_position(padding, ratio):
+    hidden, weight, labels, real = problem()
+    settings = {"real": real if padding else None, "z_loss_weight": 0.3, "z_loss_ratio": ratio}
+    expected = plain(hidden, weight, labels, **settings)
+    ours = norm_head_loss_sum(hidden, weight, labels, chunk_tokens=8, **settings)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=0)
+    for mine, their in zip(
+        gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True
+    ):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5)
+
+
+def test_bf16_is_the_fp32_value_within_rounding():
+    hidden, weight, labels, _ = problem(torch.bfloat16)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+    expected = plain(*wide, labels)
+    ours = norm_head_loss_sum(hidden, weight, labels, chunk_tokens=8)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours[0], expected, rtol=2**-8, atol=0)
+    for mine, their in zip(gradients(ours, hidden, weight), gradients(expected, *wide), strict=True):
+        assert mine.dtype == torch.bfloat16
+        assert (mine.float() - their).norm() <= 2**-7 * their.norm()
+
+
+def test_no_work_for_gradients_that_nobody_wants():
+    hidden, weight, labels, _ = problem()
+    expected = plain(hidden, weight, labels)
+    with torch.no_grad():
+        loss = norm_head_loss_sum(hidden, weight, labels)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss[0], expected, rtol=1e-6, atol=0)
+    frozen = norm_head_loss_sum(hidden, weight.detach(), labels)
+    assert frozen.grad_fn.gradients[1] is None
+    (mine,) = torch.autograd.grad(frozen, hidden)
+    torch.testing.assert_close(mine, gradients(expected, hidden, weight)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_without_a_label_never_reach_the_head():
+    hidden, weight, labels, _ = problem()
+    poisoned = hidden.detach().masked_fill((labels == -100)[:, None], float("nan")).requires_grad_()
+    loss = norm_head_loss_sum(poisoned, weight, labels)
+    torch.testing.assert_close(loss, norm_head_loss_sum(hidden, weight, labels))
+    grad_hidden, grad_weight = gradients(loss, poisoned, weight)
+    assert grad_hidden[labels == -100].eq(0).all()
+    assert grad_weight.isfinite().all()
+
+
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.1])
+def test_without_a_single_label_loss_and_gradients_are_zero(z_loss_weight):
+    hidden, weight, labels, _ = problem()
+    loss = norm_head_loss_sum(hidden, weight, torch.full_like(labels, -100), z_loss_weight=z_loss_weight)
+    assert loss.tolist() == [0.0]
+    assert all(gradient.eq(0).all() for gradient in gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize("wrong", [VOCAB, -1, -99, 10**6])
+def test_a_label_outside_the_vocabulary_is_named(wrong):
+    hidden, weight, labels, _ = problem()
+    labels[3] = wrong
+    with pytest.raises(ValueError, match=rf"label {wrong} .*{VOCAB}"):
+        norm_head_loss_sum(hidden, weight, labels)
+
+
+def test_a_second_backward_is_refused():
+    hidden, weight, labels, _ = problem()
+    loss = norm_head_loss_sum(hidden, weight, labels)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="only once"):
+        loss.backward()
+
+
+def test_a_row_of_zeros_divides_nothing_by_zero():
+    hidden, weight, labels, _ = problem()
+    with torch.no_grad():
+        weight[5] = 0.0
+    ours = norm_head_loss_sum(hidden, weight, labels)
+    expected = plain(hidden, weight, labels)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=0)
+    for mine, their in zip(
+        gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True
+    ):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5)
+
+
+def _run_shard(rank: int, folder: str) -> None:
+    """One rank of two: the loss and gradients of its shard, 100 and 111 words, written to the folder."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    results = {}
+    for z_loss_weight in (0.0, 0.3):
+        hidden, weight, labels, real = problem()
+        start, stop = ((0, 100), (100, VOCAB))[rank]
+        # A copy of a row in the other shard: the largest logit may then be in both.
+        weight = torch.cat((weight[:100], weight[:11], weight[111:])).detach()
+        shard = weight[start:stop].clone().requires_grad_()
+        loss = norm_head_loss_sum(
+            hidden,
+            shard,
+            labels,
+            real=real,
+            z_loss_weight=z_loss_weight,
+            chunk_tokens=9,
+            vocab_start=start,
+            vocab_size=VOCAB,
+            group=dist.group.WORLD,
+        )
+        results[z_loss_weight] = (loss.detach(), *gradients(loss, hidden, shard))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_vocabulary_shards_equal_the_whole(tmp_path: Path):
+    mp.start_processes(_run_shard, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for z_loss_weight in (0.0, 0.3):
+        hidden, weight, labels, real = problem()
+        weight = torch.cat((weight[:100], weight[:11], weight[111:])).detach().requires_grad_()
+        expected = plain(hidden, weight, labels, real, z_loss_weight)
+        grad_hidden, grad_weight = gradients(expected, hidden, weight)
+        (loss0, hidden0, weight0), (loss1, hidden1, weight1) = (rank[z_loss_weight] for rank in ranks)
+        assert torch.equal(loss0, loss1)
+        torch.testing.assert_close(loss0[0], expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(hidden0 + hidden1, grad_hidden, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.cat((weight0, weight1)), grad_weight, rtol=1e-5, atol=1e-5)
