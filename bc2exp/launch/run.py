@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from bc2exp.config.errors import UserError
 from bc2exp.hardware import count_devices
 from bc2exp.launch.folder import RunFolder
@@ -16,7 +18,6 @@ from bc2exp.launch.record import write_record
 from bc2exp.launch.stop import StopRequests, stop_requests
 from bc2exp.launch.tracker import NoTracker, Tracker, sync
 from bc2exp.report.summary import summarize
-from bc2exp.report.tables import print_summary
 from bc2exp.tracking.journal import Journal, Tail, last_segment, outcome
 from bc2exp.tracking.progress import Progress
 
@@ -42,7 +43,7 @@ def run_on_ranks(
         failure = watch(path, plain, requests, segment)
         code = conclude(path, failure, segment)
         if code in (DONE, STOPPED):
-            print_summary(summarize(path))
+            print_report(path)
         complaint = tracker.close()
     if complaint:
         print(f"bc2exp: {complaint}", file=sys.stderr)
@@ -98,6 +99,15 @@ def require_devices(plain: dict[str, Any]) -> None:
         raise UserError(
             f"hardware={plain['hardware']['name']}: asks for {wanted} {backend} devices, this machine has {present}"
         )
+
+
+def print_report(path: Path) -> None:
+    """Draw the loss and print the summary's table."""
+    from bc2exp.report.plots import plot_loss  # matplotlib takes half a second, which the door need not pay
+    from bc2exp.report.tables import table
+
+    plot_loss(path)
+    Console().print(table({path.name: summarize(path)}))
 
 
 def print_places(path: Path, run: dict[str, Any], launch_folder: Path, code: int) -> None:

@@ -33,8 +33,8 @@ def plot_loss(run_folder: str | os.PathLike[str], path: str | os.PathLike[str] |
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _draw(axes, history(folder / "metrics.jsonl"))
-    # Outside, where it covers no curve.
-    figure.legend(loc="outside upper right", ncols=4, fontsize=9, frameon=False)
+    if axes.lines:  # the legend stands outside, where it covers no curve
+        figure.legend(loc="outside upper right", ncols=4, fontsize=9, frameon=False)
     title = "/".join(folder.resolve().parts[-2:])
     if title.isascii():  # the fonts that come with matplotlib draw anything else as boxes
         axes.set_title(title, fontsize=9, loc="left", color=_REFERENCE, parse_math=False)

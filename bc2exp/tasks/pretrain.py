@@ -50,7 +50,7 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
         tell=lambda text: journal.event("note", text=text),
     )
     progress = checkpoints.load_newest(model, optimizer) or Progress(0, 0)
-    journal.event("start", step=progress.step, total_steps=steps, world_size=world.size)
+    journal.event("start", step=progress.step, steps=steps, world_size=world.size)
     trainer = Trainer(
         model=model,
         optimizer=optimizer,

@@ -34,6 +34,8 @@ class Tokenizer:
         self.path = path
         try:
             content = path.read_bytes()
+            if not content:
+                raise RuntimeError("the file is empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (OSError, RuntimeError) as error:
             raise UserError(

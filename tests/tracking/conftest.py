@@ -100,7 +100,7 @@ def _make_run(launch: Path, name: str = "a", uri: str = "memory", **fields) -> P
 
 @pytest.fixture(scope="session")
 def make_run():
-    """Make a run folder as the parent leaves it: make_run(launch, name, uri=…, **run.json fields) -> folder."""
+    """Make a run folder as the parent leaves it: make_run(launch, name, uri, **run.json fields) -> folder."""
     return _make_run
 
 
