@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=125_696)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--chunk", nargs="*", default=["chunked"], help="tokens in a chunk; several to compare")
+    parser.add_argument("--chunk", nargs="*", default=["chunked"], help="tokens in a chunk, or `chunked`")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)

@@ -22,8 +22,12 @@ from bc2exp.hardware import eager
 from bc2exp.hardware.base import Ops
 from bc2exp.hardware.probe import count_devices
 
-QUERY_BLOCK = 256
-"""Query rows whose bias exists at one time."""
+QUERY_BLOCK = 64
+"""Query rows whose bias exists at one time.
+
+Of 64, 128, 256 and 512 the fastest from 256 to 2048 positions (2 cores, forward and backward): the bias
+stays in the processor's cache, and fewer keys are computed that no row of the block may see.
+"""
 
 
 def attention(
@@ -82,8 +86,8 @@ class _BlockedAttention(torch.autograd.Function):
                 )
             out.backward(grad_out[:, :, rows])
             grad_q[:, :, rows] = block_q.grad
-            grad_k[:, :, keys] += block_k.grad
-            grad_v[:, :, keys] += block_v.grad
+            grad_k[:, :, keys].add_(block_k.grad)
+            grad_v[:, :, keys].add_(block_v.grad)
         return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
 
 

@@ -28,3 +28,14 @@ def count_devices(backend: str) -> int | None:
     if backend not in _PROBES:
         raise ValueError(f"unknown backend {backend!r}; known: {', '.join(KNOWN_BACKENDS)}")
     return _PROBES[backend]()
+
+
+def rank_environment(backend: str, num_ranks: int) -> dict[str, str]:
+    """Environment variables for each of `num_ranks` ranks of one host; what the person has set comes first."""
+    if backend != "cpu":
+        return {}
+    # OpenMP's idle threads spin by default: with several processes on few cores they keep the busy ones out.
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    if num_ranks > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+    return environment

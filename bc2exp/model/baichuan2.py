@@ -3,16 +3,14 @@
 Block: x += attention(rms(x)); x += down(silu(gate(x)) * up(x)); then a final norm and NormHead. No bias,
 no dropout, as many key heads as query heads. Read from the published modeling code.
 
-The model knows neither devices nor layouts. Shapes are read from the tensors, so that a rank may hold
-some of the heads; embedding, norm and head may each be None and layers may be missing, so that a rank
-may hold one stage of a pipeline.
+The model knows neither devices nor layouts. A rank may hold some of the heads, as shapes are read from
+the tensors, or one stage of a pipeline: embedding, norm and head may be None, layers may be missing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,18 +28,24 @@ POSITIONS = ("rope", "alibi")
 PADDING_ID = 0
 
 
-@dataclass(frozen=True)
 class Context:
     """What every layer needs beside the hidden states, worked out once per forward.
 
-    Not bare arguments: a wrapper that casts a layer's floating-point arguments to bf16 would round the
-    tables, which have to stay fp32; it does not look inside an object of ours.
+    Neither bare arguments nor a dataclass: FSDP2 casts floating-point arguments of a wrapped layer, and
+    those in containers and dataclasses, to the type it computes in, and the tables have to stay fp32.
     """
 
-    segment_ids: Tensor | None  # [batch, keys]
-    rope: tuple[Tensor, Tensor] | None  # cos and sin, fp32 [batch or 1, 1, sequence, head_dim]
-    slopes: Tensor | None  # fp32 [heads of the whole model]
-    cache: Cache | None
+    def __init__(
+        self,
+        segment_ids: Tensor | None,
+        rope: tuple[Tensor, Tensor] | None,
+        slopes: Tensor | None,
+        cache: Cache | None,
+    ) -> None:
+        self.segment_ids = segment_ids  # [batch, keys]
+        self.rope = rope  # cos and sin, fp32 [batch or 1, 1, sequence, head_dim]
+        self.slopes = slopes  # fp32 [heads of the whole model]
+        self.cache = cache
 
 
 class RMSNorm(nn.Module):
@@ -127,9 +131,8 @@ class DecoderLayer(nn.Module):
 class NormHead(nn.Module):
     """The output head: hidden states against unit rows. The weight itself is never written to.
 
-    For a shard of the vocabulary set `vocab_start` and `group` (see `loss.norm_head_loss_sum`); the
-    logits are then those of this shard. `z_loss_ratio`, set by the trainer before a step, is the
-    step's labels / real positions; None takes each call's own.
+    For a shard of the vocabulary set `vocab_start` and `group` (see `norm_head_loss_sum`); the logits are
+    then this shard's. Training adds z-loss; the trainer sets its `z_loss_ratio`, labels / real positions.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, z_loss_weight: float) -> None:
@@ -153,7 +156,7 @@ class NormHead(nn.Module):
             weight,
             labels.flatten(),
             real=None if real is None else real.flatten(),
-            z_loss_weight=self.z_loss_weight,
+            z_loss_weight=self.z_loss_weight if self.training else 0.0,
             z_loss_ratio=self.z_loss_ratio,
             vocab_start=self.vocab_start,
             vocab_size=self.vocab_size,
@@ -199,10 +202,7 @@ class Baichuan2(nn.Module):
             "rope_theta": rope_theta,
             "z_loss_weight": z_loss_weight,
         }
-        self.position = position
-        self.num_heads = num_heads
         self.head_dim = head_dim
-        self.rope_theta = rope_theta
         self.embed_tokens = nn.Embedding(vocab_size, hidden_size, padding_idx=PADDING_ID)
         # Keyed by the number in the whole model: a stage that drops layers keeps every other name.
         self.layers = nn.ModuleDict(
@@ -245,15 +245,15 @@ class Baichuan2(nn.Module):
     def _context(
         self, input_ids: Tensor, segment_ids: Tensor | None, positions: Tensor | None, cache: Cache | None
     ) -> Context:
-        if self.position == "alibi":
-            return Context(segment_ids, None, alibi_slopes(self.num_heads, input_ids.device), cache)
+        if self.shape["position"] == "alibi":
+            return Context(segment_ids, None, alibi_slopes(self.shape["num_heads"], input_ids.device), cache)
         length = input_ids.shape[1]
         if positions is None and segment_ids is not None:
             positions = segment_positions(segment_ids)[:, -length:]
         elif positions is None:
             start = 0 if cache is None else cache.length
             positions = torch.arange(start, start + length, device=input_ids.device)[None]
-        cos, sin = rope_tables(positions, self.head_dim, self.rope_theta)
+        cos, sin = rope_tables(positions, self.head_dim, self.shape["rope_theta"])
         return Context(segment_ids, (cos[:, None], sin[:, None]), None, cache)
 
 

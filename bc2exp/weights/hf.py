@@ -79,14 +79,19 @@ def read_shape(folder: Path | str) -> dict[str, Any]:
 
     Raises ValueError where config.json is missing, no JSON, or not of a Baichuan2.
     """
-    path = Path(folder) / "config.json"
+    return hf_layout.from_config(_read_json(Path(folder) / "config.json"))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist: not a folder of published weights") from None
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    return hf_layout.from_config(config)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
 
 
 def save_hf(
@@ -164,8 +169,8 @@ def _read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, .
 def _shard_paths(folder: Path) -> list[Path]:
     """The safetensors files of a folder: those its index names, or without an index all."""
     if (folder / INDEX).exists():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
+        weight_map = _read_json(folder / INDEX).get("weight_map", {})
+        return [folder / name for name in sorted(set(weight_map.values()))]
     paths = sorted(folder.glob("*.safetensors"))
     if not paths and any(folder.glob("*.bin")):
         raise ValueError(

@@ -64,9 +64,7 @@ def test_z_loss_counts_every_real_position(padding, ratio):
     expected = plain(hidden, weight, labels, **settings)
     ours = norm_head_loss_sum(hidden, weight, labels, chunk_tokens=8, **settings)
     torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=0)
-    for mine, their in zip(
-        gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True
-    ):
+    for mine, their in zip(gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True):
         torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5)
 
 
@@ -136,9 +134,7 @@ def test_a_row_of_zeros_divides_nothing_by_zero():
     ours = norm_head_loss_sum(hidden, weight, labels)
     expected = plain(hidden, weight, labels)
     torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=0)
-    for mine, their in zip(
-        gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True
-    ):
+    for mine, their in zip(gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True):
         torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5)
 
 
