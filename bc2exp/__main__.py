@@ -11,11 +11,12 @@ from datetime import datetime
 from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from bc2exp.config.errors import UserError
+from bc2exp.config.flags import read_flags, refuse_flags, refuse_package
 from bc2exp.config.load import finalize
 from bc2exp.config.overrides import parse_word, quote
 from bc2exp.config.preflight import Preflight, preflight, prepare_search_path
@@ -35,26 +36,21 @@ def main() -> None:
 
 def command(arguments: list[str]) -> int:
     """Check a command line, then hand it to Hydra; returns the exit code."""
-    options = get_args_parser().parse_args(arguments)
+    options, flags = read_flags(arguments)
     launch_folder = Path.cwd()
     register()
     prepare_search_path(launch_folder)
-    if options.config_path or options.config_name or options.config_dir:
-        print(
-            "bc2exp: --config-path, --config-name, --config-dir: there is one root configuration; put groups or "
-            "experiments/ of your own into the working folder",
-            file=sys.stderr,
-        )
-        return WRONG
-    if options.help or options.hydra_help or options.info or options.shell_completion:
+    problems = refuse_flags(options)
+    if problems:
+        return complain(problems)
+    if options.hydra_help or options.shell_completion:
         return Door(launch_folder, None).enter(arguments)
     checked = preflight(options.overrides, sweep=bool(options.multirun), folder=launch_folder)
-    if checked.problems:
-        complain(checked)
-        return WRONG
-    quoted = dict(zip(options.overrides, checked.overrides, strict=True))
-    words = [quoted.get(argument, argument) for argument in arguments]
-    if options.cfg:
+    problems = checked.problems or refuse_package(options, checked.jobs[0])
+    if problems:
+        return complain(problems)
+    words = [*checked.overrides, *flags]
+    if options.cfg or options.help or options.info:
         return Door(launch_folder, None).enter(words)
     try:
         return start(launch_folder, checked, words, sweep=bool(options.multirun))
@@ -105,18 +101,19 @@ class Door:
         folder = self._claimed or claim(
             plain, self._launch_folder, Path(context.runtime.output_dir), datetime.now()
         )
-        overrides = [word for word in context.overrides.task]
-        tags = {"bc2exp.sweep": context.sweep.dir} if context.mode.name == "MULTIRUN" else {}
+        overrides = list(context.overrides.task)
+        tags = {"bc2exp.sweep": context.sweep.dir} if context.mode is RunMode.MULTIRUN else {}
         with folder.lock:
             return run_on_ranks(folder, plain, overrides, self._launch_folder, tags)
 
 
-def complain(checked: Preflight) -> None:
-    """Every mistake, a line each."""
-    number = len(checked.problems)
+def complain(problems: list[str]) -> int:
+    """Print every mistake, a line each; returns the exit code."""
+    number = len(problems)
     print(f"bc2exp: {number} mistake{'s' * (number > 1)}; nothing was started or written", file=sys.stderr)
-    for problem in checked.problems:
+    for problem in problems:
         print(f"  {problem}", file=sys.stderr)
+    return WRONG
 
 
 if __name__ == "__main__":

@@ -5,14 +5,20 @@ Every check yields sentences; none raises, so that all mistakes are told at once
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import Container, DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, Node, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from bc2exp.config.fields import describe_bounds, field_of, within
+from bc2exp.config.fields import field_of, refusal
+from bc2exp.config.register import TASKS
+from bc2exp.config.root import GROUPS
+from bc2exp.config.roots import absolute
 
 TRACKER_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "mssql", "databricks")
 TEXT_SUFFIXES = (".parquet", ".csv", ".txt")
@@ -20,51 +26,64 @@ TEXT_SUFFIXES = (".parquet", ".csv", ".txt")
 
 def check(config: DictConfig, folder: Path) -> list[str]:
     """Every sentence that speaks against a composed configuration; relative paths count from `folder`."""
-    problems = list(missing_keys(config)) + list(out_of_range(config))
-    if problems:  # the relations below need numbers that make sense on their own
+    problems = list(missing_keys(config)) + list(refused_values(config, interpolated=False))
+    # What follows needs numbers that make sense on their own; an interpolated one is told where it points.
+    problems = problems or list(refused_values(config, interpolated=True))
+    if problems:
         return problems
-    try:
-        values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    except Exception as error:
-        return [f"the configuration does not resolve: {str(error).splitlines()[0]}"]
+    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
     assert isinstance(values, dict)
+    plain = {str(key): value for key, value in values.items()}
+    problems += names(config)
     for relation in (model_shape, steps_and_schedule, layout, data_files, model_files, tracker):
-        problems += relation(values, folder)
+        problems += relation(plain, folder)
     return problems
 
 
 def missing_keys(config: DictConfig) -> Iterator[str]:
     """Mandatory keys that no YAML and no override gave."""
-    for key in sorted(OmegaConf.missing_keys(config)):
-        yield f"{key}: no value; name one ({key}=...)"
+    for key, _, _, node in leaves(config):
+        if node._is_missing():
+            yield f"{key}: no value; name one ({key}=...)"
 
 
-def out_of_range(node: Container, prefix: str = "") -> Iterator[str]:
-    """Values outside the range that their schema declares. Interpolations are told where they point."""
-    if not isinstance(node, DictConfig):
-        return
-    for name in node:
-        key = f"{prefix}{name}"
+def refused_values(config: DictConfig, *, interpolated: bool) -> Iterator[str]:
+    """Values outside the range that their schema declares, and interpolations that come to nothing."""
+    for key, parent, name, node in leaves(config):
+        if node._is_missing() or node._is_interpolation() != interpolated:
+            continue
+        try:
+            value = parent[name]
+            value = list(value) if isinstance(value, ListConfig) else value
+        except OmegaConfBaseException as error:
+            yield f"{key}={node._value()}: does not resolve: {str(error).splitlines()[0]}"
+            continue
+        declared = field_of(parent, name)
+        reason = refusal(declared, value) if declared is not None else None
+        if reason:
+            yield f"{key}={value}: {reason}"
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig, str, Node]]:
+    """The dotted key, the parent, the name and the node of every value."""
+    for name in map(str, node):
         child = node._get_node(name)
-        if child is None or child._is_interpolation() or child._is_missing() or child._is_none():  # type: ignore[union-attr]
-            continue
-        if isinstance(child, DictConfig):
-            yield from out_of_range(child, key + ".")
-            continue
-        declared = field_of(node, str(name))
-        if declared is None:
-            continue
-        value = node[name]
-        bounds, choices = declared.metadata["bounds"], declared.metadata["choices"]
-        elements = list(value) if isinstance(value, ListConfig) else [value]
-        for element in elements:
-            if isinstance(element, (int, float)) and not isinstance(element, bool):
-                if not within(element, bounds):
-                    yield f"{key}={element}: must be {describe_bounds(bounds) or 'a finite number'}"
-            elif choices and element not in choices:
-                yield f"{key}={element}: must be one of {', '.join(choices)}"
-        if isinstance(value, str) and not value.strip():
-            yield f"{key}: is empty; " + ("leave it out or write null" if child._is_optional() else "name a value")
+        assert isinstance(child, Node)
+        if isinstance(child, DictConfig) and not (child._is_none() or child._is_missing()):
+            yield from leaves(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", node, name, child
+
+
+def names(config: DictConfig) -> Iterator[str]:
+    """The task's name says which code runs; the others become parts of file names."""
+    task = config.task.name
+    if TASKS.get(task) is not OmegaConf.get_type(config.task):
+        yield f"task.name={task}: names the code that runs and cannot be changed; choose a task with task=..."
+    for group in GROUPS:
+        name = config[group].name
+        if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+            yield f"{group}.name={name}: becomes part of a folder's name; letters, digits, and . _ + - only"
 
 
 def model_shape(values: dict[str, Any], folder: Path) -> list[str]:
@@ -72,13 +91,14 @@ def model_shape(values: dict[str, Any], folder: Path) -> list[str]:
     model, dataset = values["model"], values["dataset"]
     problems = []
     hidden, heads = model["hidden_size"], model["num_heads"]
-    if hidden % heads:
-        near = min((n for n in range(1, hidden + 1) if hidden % n == 0), key=lambda n: abs(n - heads))
-        problems.append(f"model.num_heads={heads}: does not divide model.hidden_size={hidden}; {near} would")
-    elif model["position"] == "rope" and (hidden // heads) % 2:
-        problems.append(
-            f"model.num_heads={heads}: gives heads of {hidden // heads}, and rotary positions need an even size"
-        )
+    unit = 2 if model["position"] == "rope" else 1  # rotary positions turn pairs
+    if hidden % (heads * unit):
+        reason = f"does not divide model.hidden_size={hidden}"
+        if hidden % heads == 0:
+            reason = f"gives heads of {hidden // heads}, and rotary positions need an even size"
+        fitting = [number for number in range(1, hidden + 1) if hidden % (number * unit) == 0]
+        near = f"{min(fitting, key=lambda number: abs(number - heads))} would" if fitting else "none does"
+        problems.append(f"model.num_heads={heads}: {reason}; {near}")
     if dataset["sequence_length"] > model["max_positions"]:
         problems.append(
             f"dataset.sequence_length={dataset['sequence_length']}: the model was made for "
@@ -94,8 +114,8 @@ def steps_and_schedule(values: dict[str, Any], folder: Path) -> list[str]:
         return []
     problems = []
     if (task["steps"] is None) == (task["epochs"] is None):
-        state = "neither is set" if task["steps"] is None else "both are set"
-        problems.append(f"task.steps, task.epochs: {state}; set one and leave the other null (task.steps=null)")
+        state = "neither is set; set one" if task["steps"] is None else "both are set; set one to null"
+        problems.append(f"task.steps, task.epochs: {state}")
     schedule, top = task["schedule"], task["optimizer"]["lr"]
     if schedule["warmup_steps"] is not None and schedule["warmup_fraction"] is not None:
         problems.append(
@@ -108,8 +128,8 @@ def steps_and_schedule(values: dict[str, Any], folder: Path) -> list[str]:
     if schedule["min_lr"] > top:
         problems.append(f"task.schedule.min_lr={schedule['min_lr']:g}: above task.optimizer.lr={top:g}")
     resume = task["resume"]
-    if resume not in ("auto", "never") and not (_absolute(resume, folder) / "run.json").is_file():
-        problems.append(f"task.resume={resume}: no run folder there (it would hold run.json); or auto, or never")
+    if resume not in ("auto", "never") and not os.path.isfile(absolute(resume, folder) / "run.json"):
+        problems.append(f"task.resume={resume}: is no run folder (one holds run.json); or auto, or never")
     return problems
 
 
@@ -159,17 +179,17 @@ def data_files(values: dict[str, Any], folder: Path) -> list[str]:
         return problems
     if path is None:
         return [*problems, "dataset.path: no value; name a .parquet, .csv or .txt file (dataset.path=FILE)"]
-    file = _absolute(path, folder)
-    if not file.exists():
+    file = absolute(path, folder)
+    if not os.path.exists(file):
         problems.append(f"dataset.path={path}: no such file{_like(file)}")
-    elif not file.is_file():
+    elif not os.path.isfile(file):
         problems.append(f"dataset.path={path}: is a folder; name one file in it")
     elif file.suffix.lower() not in TEXT_SUFFIXES:
         problems.append(f"dataset.path={path}: cannot be read; {', '.join(TEXT_SUFFIXES)} can")
-    elif file.suffix.lower() != ".txt" and dataset["column"] is None:
-        problems.append("dataset.column: no value; name the column that holds the text (dataset.column=text)")
     elif not os.access(file, os.R_OK):
         problems.append(f"dataset.path={path}: may not be read (permissions)")
+    elif file.suffix.lower() != ".txt" and dataset["column"] is None:
+        problems.append("dataset.column: no value; name the column that holds the text (dataset.column=text)")
     return problems
 
 
@@ -177,17 +197,17 @@ def model_files(values: dict[str, Any], folder: Path) -> list[str]:
     """Tokenizer and weights are there."""
     model, problems = values["model"], []
     if model["tokenizer"] is not None:
-        file = _absolute(model["tokenizer"], folder)
-        if file.is_dir() and not (file / "tokenizer.model").is_file():
+        file = absolute(model["tokenizer"], folder)
+        if os.path.isdir(file) and not os.path.isfile(file / "tokenizer.model"):
             problems.append(f"model.tokenizer={model['tokenizer']}: this folder holds no tokenizer.model")
-        elif not file.exists():
+        elif not os.path.exists(file):
             problems.append(
-                f"model.tokenizer={model['tokenizer']}: no such file{_like(file)}; Baichuan2's own is the file "
-                "tokenizer.model of its published model folder; without the key the embedded tokenizer serves"
+                f"model.tokenizer={model['tokenizer']}: no such file{_like(file)}; Baichuan2's own is the "
+                "tokenizer.model of its published folder; without the key the embedded tokenizer serves"
             )
     if model["weights"] is not None:
-        weights = _absolute(model["weights"], folder)
-        if not weights.is_dir():
+        weights = absolute(model["weights"], folder)
+        if not os.path.isdir(weights):
             problems.append(f"model.weights={model['weights']}: no such folder{_like(weights)}")
         elif not any(weights.glob("*.safetensors")):
             problems.append(
@@ -199,24 +219,21 @@ def model_files(values: dict[str, Any], folder: Path) -> list[str]:
 
 def tracker(values: dict[str, Any], folder: Path) -> list[str]:
     """The tracking address is of a kind that MLflow has."""
-    uri = values["tracking"]["uri"]
-    if uri is None or uri.startswith(TRACKER_SCHEMES):
+    named, inherited = values["tracking"]["uri"], os.environ.get("MLFLOW_TRACKING_URI")
+    uri = named or inherited
+    if uri is None or uri.startswith(TRACKER_SCHEMES) or not values["tracking"]["enabled"]:
         return []
+    key = "tracking.uri" if named else "MLFLOW_TRACKING_URI"
     return [
-        f"tracking.uri={uri}: not an address MLflow keeps runs at; sqlite:///mlflow.db or http://host:5000, "
+        f"{key}={uri}: not an address MLflow keeps runs at; sqlite:///mlflow.db or http://host:5000, "
         "or leave it out"
     ]
 
 
-def _absolute(path: str, folder: Path) -> Path:
-    return folder / Path(path).expanduser()
-
-
 def _like(path: Path) -> str:
     """`; nearest: x` with the file of the same folder whose name is most alike, where there is one."""
-    import difflib
-
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"; the folder {path.parent} does not exist"
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], n=1)
+    beside = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
     return f"; nearest: {path.parent / near[0]}" if near else ""

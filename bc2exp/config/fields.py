@@ -12,6 +12,9 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+LARGEST_INTEGER = 2**63 - 1
+"""No integer of a configuration is larger: the libraries behind it count in 64 bits."""
+
 
 def setting(
     help: str,
@@ -58,15 +61,40 @@ def field_of(node: DictConfig, key: str) -> Field[Any] | None:
 def describe_bounds(bounds: dict[str, float]) -> str:
     """`at least 1`, `above 0 and at most 1`: the range in words."""
     words = {"minimum": "at least", "above": "above", "maximum": "at most", "below": "below"}
-    return " and ".join(f"{words[name]} {value:g}" for name, value in bounds.items())
+    return " and ".join(f"{words[name]} {value}" for name, value in bounds.items())
+
+
+def refusal(declared: Field[Any], value: Any) -> str | None:
+    """Why a value of the right type is refused (range, choices, emptiness), in words; None where it is not.
+
+    Args:
+        declared: the field of the schema.
+        value: the value, or a list of values that are judged one by one.
+    """
+    bounds, choices = declared.metadata["bounds"], declared.metadata["choices"]
+    for element in value if isinstance(value, (list, tuple)) else [value]:
+        if element is None or isinstance(element, bool):
+            continue
+        if isinstance(element, (int, float)):
+            if not math.isfinite(element):
+                return "must be a finite number" + (f", {describe_bounds(bounds)}" if bounds else "")
+            if not within(element, bounds):
+                return f"must be {describe_bounds(bounds)}"
+            if abs(element) > LARGEST_INTEGER and isinstance(element, int):
+                return f"must be at most {LARGEST_INTEGER}"
+        elif choices and element not in choices:
+            return f"must be one of {', '.join(choices)}"
+        elif isinstance(element, str) and not element.strip():
+            return "is empty; name a value, or leave the key out"
+    return None
 
 
 def within(value: float, bounds: dict[str, float]) -> bool:
-    """Whether a number lies in the declared range; NaN and infinity lie in none."""
+    """Whether a finite number lies in the declared range."""
     tests = {
         "minimum": lambda bound: value >= bound,
         "above": lambda bound: value > bound,
         "maximum": lambda bound: value <= bound,
         "below": lambda bound: value < bound,
     }
-    return math.isfinite(value) and all(tests[name](bound) for name, bound in bounds.items())
+    return all(tests[name](bound) for name, bound in bounds.items())

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from bc2exp.config.fields import field_of
 from bc2exp.config.register import TASKS
 from bc2exp.config.root import Config
+from bc2exp.config.roots import absolute
 
 
 def finalize(config: DictConfig, folder: Path) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def finalize(config: DictConfig, folder: Path) -> dict[str, Any]:
     _make_absolute(config, plain, folder)
     task = plain["task"]
     if task.get("resume") not in (None, "auto", "never"):
-        task["resume"] = str((folder / Path(task["resume"]).expanduser()).resolve())
+        task["resume"] = str(absolute(task["resume"], folder))
     return {str(key): value for key, value in plain.items()}
 
 
@@ -38,7 +40,7 @@ def _make_absolute(node: DictConfig, plain: Any, folder: Path) -> None:
             continue
         declared = field_of(node, str(name))
         if declared is not None and declared.metadata["path"] and plain[name] is not None:
-            plain[name] = str((folder / Path(plain[name]).expanduser()).resolve())
+            plain[name] = str(absolute(plain[name], folder))
 
 
 def digest(plain: dict[str, Any]) -> str:
@@ -54,10 +56,10 @@ def digest(plain: dict[str, Any]) -> str:
 
 def read(path: Path) -> Config:
     """The typed configuration of a run folder's `resolved.yaml`."""
-    plain = OmegaConf.load(path)
-    assert isinstance(plain, DictConfig)
+    # Not OmegaConf.load: its reading of YAML makes 1000.0 of the text 1e3, which was written bare.
+    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
     schema = OmegaConf.structured(Config)
-    schema.task = OmegaConf.structured(TASKS[plain.task.name])
+    schema.task = OmegaConf.structured(TASKS[plain["task"]["name"]])
     config = OmegaConf.to_object(OmegaConf.merge(schema, plain))
     assert isinstance(config, Config)
     return config

@@ -60,8 +60,10 @@ class ModelConfig:
     """A Baichuan2: shape, files, recipes."""
 
     name: str = setting("name of the model, used for runs and folders")
-    vocab_size: int | None = setting("rows of embedding and head; null: the tokenizer's", minimum=8)
-    hidden_size: int = setting("width of the residual stream", minimum=1)
+    vocab_size: int | None = setting(
+        "rows of embedding and head; null: the tokenizer's", minimum=8, maximum=2**31
+    )
+    hidden_size: int = setting("width of the residual stream", minimum=1, maximum=2**20)
     intermediate_size: int = setting("width inside the feed-forward network", minimum=1)
     num_layers: int = setting("transformer blocks", minimum=1)
     num_heads: int = setting("attention heads; divides hidden_size", minimum=1)

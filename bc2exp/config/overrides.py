@@ -7,18 +7,31 @@ but text can be meant, so the value is quoted for the user.
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
-from omegaconf import Container, DictConfig, EnumNode, IntegerNode, Node, OmegaConf, StringNode
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from omegaconf import DictConfig, EnumNode, IntegerNode, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, FloatNode
 
-from bc2exp.config.fields import describe_bounds, field_of
+from bc2exp.config.fields import describe_bounds, field_of, refusal
+
+MAX_JOBS = 1000
+"""Largest sweep that is taken; every job of it is checked before the first starts."""
 
 _WORD = re.compile(r"^(\+\+|\+|~)?([^=]*?)(?:=(.*))?$", re.DOTALL)
-_QUOTED = re.compile(r"""^(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")$""", re.DOTALL)
-_SWEEP_CALL = re.compile(r"^(choice|range|glob|interval|shuffle|sort|tag)\(.*\)$", re.DOTALL)
+_STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
+_QUOTED = re.compile(rf"^{_STRING}$", re.DOTALL)
+# One value of a sweep: a quoted string alone between commas, else text whose `${...}` may hold commas.
+_PART = re.compile(rf"\s*{_STRING}\s*(?=,|$)|(?:\$\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,])*", re.DOTALL)
+_PLAIN = re.compile(r"^[A-Za-z0-9_/.-]+$")
+_CHOICE = re.compile(r"^choice\((.*)\)$", re.DOTALL)
+_CALL = re.compile(r"^(?:range|interval|shuffle|sort|tag|glob)\(.*\)$", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,23 @@ class Word:
     prefix: str
     key: str
     value: str | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A word as Hydra must read it.
+
+    Attributes:
+        word: what was typed.
+        text: the override with its text values quoted.
+        jobs: the override of each value of a sweep; one without `-m`; of an interval, its two ends.
+        interval: a sweeper draws the values.
+    """
+
+    word: Word
+    text: str
+    jobs: tuple[str, ...]
+    interval: bool = False
 
 
 def parse_word(text: str) -> Word:
@@ -42,6 +72,66 @@ def parse_word(text: str) -> Word:
 def quote(text: str) -> str:
     """Hydra's single-quoted form: quotes escaped, and backslashes only where they stand before a quote."""
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+
+
+def quote_text(value: str) -> str:
+    """Text as Hydra must see it: quoted, unless the user did so or wrote null."""
+    return value if _QUOTED.match(value) or value.lower() == "null" else quote(value)
+
+
+def quote_choice(value: str) -> str:
+    """A group's choice as Hydra must see it: quoted where its grammar would stumble (`外卖`)."""
+    return value if _QUOTED.match(value) or _PLAIN.match(value) else quote(value)
+
+
+def split_sweep(value: str) -> list[str]:
+    """The values that commas separate under `-m`: `a,'b,c'` is two, and so is `choice(a,'b,c')`."""
+    call = _CHOICE.match(value)
+    value = call[1] if call else value
+    parts, position = [], 0
+    while True:
+        match = _PART.match(value, position)
+        assert match is not None
+        parts.append(match[0].strip())
+        if match.end() == len(value):
+            return parts
+        position = match.end() + 1
+
+
+@lru_cache(maxsize=4 * MAX_JOBS)
+def parse(text: str) -> Override:
+    """Hydra's reading of one override; raises HydraException where it cannot be read."""
+    return OverridesParser.create().parse_override(text)
+
+
+def read_word(word: Word, quoting: Callable[[str], str] | None, *, sweep: bool) -> Reading:
+    """Read a word, a sweep as its values.
+
+    Args:
+        word: with a value.
+        quoting: for a key whose values are text: what makes one readable; None: Hydra's grammar decides.
+        sweep: `-m` was given: commas separate values, and `choice(...)` and its kind are calls.
+
+    Raises:
+        HydraException: the value cannot be read.
+        ValueError: it is a sweep, and `-m` was not given.
+    """
+    assert word.value is not None
+    head = f"{word.prefix}{word.key}="
+    if quoting is not None and not (sweep and _CALL.match(word.value)):
+        parts = split_sweep(word.value) if sweep else [word.value]
+        parts = [quoting(part) for part in parts]
+        return Reading(word, head + ",".join(parts), tuple(head + part for part in parts))
+    override = parse(word.text)
+    if not override.is_sweep_override():
+        return Reading(word, word.text, (word.text,))
+    if not sweep:
+        raise ValueError("several values need -m")
+    value = override.value()
+    if isinstance(value, IntervalSweep):
+        return Reading(word, word.text, (f"{head}{value.start}", f"{head}{value.end}"), True)
+    choices = itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1)
+    return Reading(word, word.text, tuple(head + choice for choice in choices))
 
 
 def leaf(config: DictConfig, key: str) -> tuple[DictConfig, str, Node] | None:
@@ -59,40 +149,16 @@ def leaf(config: DictConfig, key: str) -> tuple[DictConfig, str, Node] | None:
     return parent, name, node
 
 
-def quote_for(node: Node, value: str, *, sweep: bool) -> str:
-    """The value as Hydra must see it, for the leaf that it is meant for.
-
-    Args:
-        node: the leaf of the schema.
-        value: what was typed after `=`.
-        sweep: under `-m`, commas separate the values of a sweep, and `choice(...)` and its kind are calls.
-    """
-    if not isinstance(node, StringNode) or "${" in value or _QUOTED.match(value):
-        return value
-    if sweep:
-        if _SWEEP_CALL.match(value):
-            return value
-        parts = re.findall(r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*"|[^,'"]|['"])+|(?<=,)(?=,|$)""", value)
-        return ",".join(quote_for(node, part, sweep=False) for part in parts) if parts else "''"
-    if value == "null" and node._is_optional():
-        return value
-    return quote(value)
-
-
 def expectation(parent: DictConfig, name: str, node: Node) -> str:
     """What a leaf accepts, in words: `an integer, at least 1, or null`."""
-    kinds: dict[type, str] = {
-        IntegerNode: "an integer",
-        FloatNode: "a number",
-        BooleanNode: "true or false",
-        StringNode: "text",
-    }
+    kinds = {IntegerNode: "an integer", FloatNode: "a number", BooleanNode: "true or false"}
     if isinstance(node, EnumNode):
         words = "one of " + ", ".join(member.name for member in node.enum_type)
-    elif isinstance(node, Container):
-        words = "a group of keys" if isinstance(node, DictConfig) else "a list of integers such as [949,50,1]"
+    elif isinstance(node, ListConfig):
+        element = {int: "integers", float: "numbers"}.get(node._metadata.element_type, "values")
+        words = f"a list of {element} in square brackets"
     else:
-        words = next((text for kind, text in kinds.items() if isinstance(node, kind)), "a value")
+        words = next((text for kind, text in kinds.items() if isinstance(node, kind)), "text")
     declared = field_of(parent, name)
     if declared is not None:
         if declared.metadata["bounds"]:
@@ -103,13 +169,16 @@ def expectation(parent: DictConfig, name: str, node: Node) -> str:
 
 
 def assign(config: DictConfig, key: str, value: object) -> str | None:
-    """Set a leaf; the reason in words where the schema refuses it."""
+    """Set a leaf; the reason in words where the schema refuses its type, its range or an empty text."""
     found = leaf(config, key)
     assert found is not None, key
+    parent, name, _ = found
     try:
-        OmegaConf.update(config, key, value, merge=True)
-    except OmegaConfBaseException as error:
-        if isinstance(found[2], DictConfig):
-            return str(error).splitlines()[0]
+        OmegaConf.update(config, key, value)
+        stored, declared = parent._get_node(name), field_of(parent, name)
+        assert isinstance(stored, Node)
+        if declared is None or stored._is_interpolation() or stored._is_missing():
+            return None  # checks.check judges what it comes to
+        return refusal(declared, list(stored) if isinstance(stored, ListConfig) else stored._value())
+    except OmegaConfBaseException:
         return f"must be {expectation(*found)}"
-    return None

@@ -1,35 +1,62 @@
 """The check before Hydra starts: compose every job of a command line, collect every mistake, write nothing.
 
 Hydra alone stops at the first bad key, exits 1 and leaves folders behind. Here each override is tried on
-its own against the composed groups, so that three typos are told as three.
+its own against the composed groups, so that three typos are told as three; what is left of the command line
+without them is then checked as a whole.
 """
 
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
-import os
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, StringNode
 
-from bc2exp.config.checks import check
-from bc2exp.config.overrides import Word, assign, expectation, leaf, parse_word, quote_for
+from bc2exp.config.checks import check, leaves
+from bc2exp.config.composition import (
+    OWN_GROUPS,
+    compose_groups,
+    options,
+    prepare_search_path,
+    refuse_choice,
+    tasks_with,
+    unknown_key,
+)
+from bc2exp.config.errors import UserError
+from bc2exp.config.hydra_settings import (
+    PLUGIN_GROUPS,
+    is_folder,
+    is_plugin_setting,
+    quote_folder,
+    refuse_folder,
+    refuse_setting,
+)
+from bc2exp.config.overrides import (
+    MAX_JOBS,
+    Reading,
+    Word,
+    assign,
+    expectation,
+    leaf,
+    parse,
+    parse_word,
+    quote_choice,
+    quote_text,
+    read_word,
+)
 from bc2exp.config.register import register
 from bc2exp.config.roots import data_root
 
-OWN_GROUPS = ("model", "hardware", "parallelism", "dataset", "task", "experiments")
-MAX_JOBS_CHECKED = 256
+ENOUGH = 20
+"""A sweep is not checked further once so many mistakes were found."""
 
 
 @dataclass
@@ -37,20 +64,14 @@ class Preflight:
     """What a command line comes to.
 
     Attributes:
-        overrides: the command line as Hydra must read it (text values quoted).
+        overrides: the command line as Hydra must read it (text values quoted), in the order typed.
         jobs: one composed configuration a job; more than one only under `-m`.
-        problems: a sentence each; where there are any, nothing may be started.
+        problems: a sentence each; where there are any, the other two are empty and nothing may be started.
     """
 
     overrides: list[str] = field(default_factory=list)
     jobs: list[DictConfig] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-
-def prepare_search_path(folder: Path) -> None:
-    """Tell the root YAML where experiments/ and the groups of the working folder lie."""
-    os.environ["BC2EXP_EXPERIMENTS_ROOT"] = str(data_root())
-    os.environ["BC2EXP_WORKING_FOLDER"] = str(folder)
 
 
 def preflight(arguments: Sequence[str], *, sweep: bool, folder: Path) -> Preflight:
@@ -63,189 +84,204 @@ def preflight(arguments: Sequence[str], *, sweep: bool, folder: Path) -> Preflig
     """
     register()
     prepare_search_path(folder)
-    _compose_groups.cache_clear()
+    compose_groups.cache_clear()
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(data_root() / "conf"), version_base="1.3"):
+        inspection = _Inspection(sweep, folder)
+        jobs = inspection.jobs([parse_word(text) for text in arguments])
+    compose_groups.cache_clear()
+    problems = [problem.replace("\n", "\\n") for problem in dict.fromkeys(inspection.problems)]
+    if problems:
+        return Preflight(problems=problems)
+    return Preflight([inspection.texts[text] for text in arguments], jobs)
+
+
+class _Inspection:
+    """One command line under inspection.
+
+    Attributes:
+        problems: the sentences found so far.
+        blamed: the keys they are about: a contradiction that may follow from one of these is not told.
+        texts: each override as typed, and as Hydra must read it.
+    """
+
+    def __init__(self, sweep: bool, folder: Path) -> None:
+        self.sweep, self.folder = sweep, folder
+        self.problems: list[str] = []
+        self.blamed: set[str] = set()
+        self.texts: dict[str, str] = {}
+
+    def jobs(self, words: list[Word]) -> list[DictConfig]:
+        """Every job that the sound part of the command line comes to."""
+        sound = self._sound(words)
+        groups = [reading for word in sound if _is_group(word.key) for reading in self._read_group(word)]
+        trusted = not any(_is_group(key) for key in self.blamed)
+        bases = []
+        for choices in _each_choice_once(groups):
+            try:
+                bases.append(compose_groups(choices, self.folder))
+            except UserError as error:
+                self._blame(str(error), *(reading.word.key for reading in groups))
+                trusted = False
+        if not bases:
+            bases = [compose_groups((), self.folder)]
+        task_known = not self.blamed & {"task", "experiments"}
+        values = []
+        for word in sound:
+            if is_folder(word.key):
+                self._read_folder(word)
+            elif not _is_group(word.key) and (task_known or not tasks_with(word.key)):
+                values += self._read_value(word, bases)
+        self._require_sweeper(groups, values)
+        if not trusted:
+            return []
+        # A command line that is refused already is checked only as far as its groups are composed already.
+        few = itertools.islice(_each_choice_once([*groups, *values]), len(bases))
+        return self._compose_jobs(groups, values, few if self.problems else None)
+
+    def _blame(self, problem: str, *keys: str) -> None:
+        self.problems.append(problem)
+        self.blamed.update(keys)
+
+    def _sound(self, words: list[Word]) -> list[Word]:
+        """The words that are overrides of a kind that is taken here, each key once."""
+        sound: dict[str, Word] = {}
+        for word in words:
+            reason = refuse_setting(word, sweep=self.sweep) or _misshapen(word, self.folder)
+            if reason is None and word.key in sound:
+                reason = f"{word.key}: given twice, as {sound[word.key].value} and as {word.value}; keep one"
+            if reason is None:
+                sound[word.key] = word
+            else:
+                self._blame(reason, word.key)
+        return list(sound.values())
+
+    def _read_group(self, word: Word) -> list[Reading]:
+        """A choice of a group, a sweep of choices, or a setting of a sweep's plugin; empty where refused."""
+        settings = is_plugin_setting(word.key)
         try:
-            return _preflight([parse_word(text) for text in arguments], sweep, folder)
-        finally:
-            _compose_groups.cache_clear()
+            pattern = parse(word.text).value() if (word.value or "").startswith("glob(") else None
+            if isinstance(pattern, Glob) and self.sweep:
+                # Hydra's own glob finds the schemas as well, and no experiment
+                known = options(word.key, self.folder)
+                found = pattern.filter(known)
+                if not found:
+                    self._blame(f"{word.text}: fits none of {', '.join(known)}", word.key)
+                word = Word(word.text, "", word.key, ",".join(found))
+            reading = read_word(word, None if settings else quote_choice, sweep=self.sweep)
+        except (HydraException, ValueError):
+            self._blame(f"{word.text}: cannot be read", word.key)
+            return []
+        for job in () if settings or word.key in self.blamed else reading.jobs:
+            value = parse(job).value()
+            choice = value if isinstance(value, str) else str(parse_word(job).value)
+            reason = refuse_choice(word.key, choice, self.folder)
+            if reason:
+                several = not self.sweep and "," in job
+                self._blame(reason + (" (several choices need -m)" if several else ""), word.key)
+        self.texts[word.text] = reading.text
+        return [] if word.key in self.blamed else [reading]
 
+    def _read_folder(self, word: Word) -> None:
+        """A folder that Hydra is told of."""
+        self.texts[word.text] = f"{word.key}={quote_folder(word)}"
+        reason = refuse_folder(word, self.folder)
+        if reason:
+            self._blame(reason, word.key)
 
-def _preflight(words: list[Word], sweep: bool, folder: Path) -> Preflight:
-    result = Preflight()
-    groups, values = [], []
-    for word in words:
-        problem = _grammar(word)
-        if problem:
-            result.problems.append(problem)
-        elif _is_group(word.key):
-            result.problems += _unknown_choices(word, sweep)
-            groups.append(word)
-        else:
-            values.append(word)
-    if any(problem for problem in result.problems if problem.partition("=")[0] in OWN_GROUPS):
-        groups = []  # keys are still checked, against the default groups
-    group_jobs = list(_expand([word.text for word in groups], sweep))
-    bases: list[DictConfig] = []
-    for choices in group_jobs[:MAX_JOBS_CHECKED]:
+    def _read_value(self, word: Word, bases: list[DictConfig]) -> list[Reading]:
+        """The value of a key, tried on each composition; empty where one of them refuses it."""
+        places = [place for base in bases if (place := leaf(base, word.key)) is not None]
+        if len(places) < len(bases):
+            self._blame(*unknown_key(word, bases))
+            return []
+        node = places[0][2]
+        if isinstance(node, DictConfig):
+            first = next(iter(leaves(node, f"{word.key}.")))[0]
+            self._blame(f"{word.text}: is a group of keys; set them singly ({first}=...)", word.key)
+            return []
         try:
-            bases.append(_compose_groups(choices))
-        except (HydraException, OmegaConfBaseException) as error:
-            result.problems.append(" ".join(str(error).split()))
-    if not bases:
-        return result
-    quoted = {word: _quoted(word, bases, sweep) for word in values}
-    result.overrides = [quoted[word] if word in quoted else word.text for word in words if word in quoted or word in groups]
-    for word in values:
-        result.problems += _refusals(word, quoted[word], bases, sweep)
-    if result.problems:
-        result.problems = list(dict.fromkeys(result.problems))
-        return result
-    _check_jobs(result, groups, [quoted[word] for word in values], sweep, folder)
-    return result
+            reading = read_word(word, quote_text if isinstance(node, StringNode) else None, sweep=self.sweep)
+        except (HydraException, ValueError) as error:
+            hint = "" if isinstance(error, HydraException) else f" ({error})"
+            self._blame(f"{word.text}: must be {expectation(*places[0])}{hint}", word.key)
+            return []
+        for base in bases:
+            scratch = copy.deepcopy(base)
+            for job in reading.jobs:
+                reason = assign(scratch, word.key, parse(job).value())
+                if reason:
+                    self._blame(f"{word.text if len(reading.jobs) == 1 else job}: {reason}", word.key)
+        self.texts[word.text] = reading.text
+        return [] if word.key in self.blamed else [reading]
 
+    def _require_sweeper(self, groups: list[Reading], values: list[Reading]) -> None:
+        if any(reading.word.key == "hydra/sweeper" for reading in groups):
+            return
+        for reading in values:
+            if reading.interval:
+                self._blame(
+                    f"{reading.text}: needs a sweeper that draws values (hydra/sweeper=optuna); "
+                    "without one name them: a,b,c or range(start,stop,step)",
+                    reading.word.key,
+                )
 
-def _check_jobs(result: Preflight, groups: list[Word], values: list[str], sweep: bool, folder: Path) -> None:
-    """Compose each job of the product of all sweeps and check it as a whole."""
-    texts = [word.text for word in groups] + values
-    for job in itertools.islice(_expand(texts, sweep), MAX_JOBS_CHECKED):
-        config = copy.deepcopy(_compose_groups(job[: len(groups)]))
-        for text in job[len(groups) :]:
-            override = OverridesParser.create().parse_override(text)
-            assign(config, parse_word(text).key, override.value())
-        result.jobs.append(config)
-        result.problems += check(config, folder)
-    result.problems = list(dict.fromkeys(result.problems))
-
-
-def _grammar(word: Word) -> str | None:
-    """What is wrong with the shape of an override, if anything."""
-    if word.prefix == "~":
-        return f"{word.text}: a key cannot be deleted; set it to null where the schema allows it"
-    if word.value is None:
-        return f"{word.text}: is no override; write key=value"
-    if not word.key.strip():
-        return f"{word.text}: has no key; write key=value"
-    if word.prefix == "+" and not word.key.startswith("hydra"):
-        return f"{word.text}: '+' adds keys, and every key is known already; write {word.text[1:]}"
-    return None
+    def _compose_jobs(
+        self, groups: list[Reading], values: list[Reading], jobs: Iterable[tuple[str, ...]] | None
+    ) -> list[DictConfig]:
+        """Some jobs, or each of the product of all sweeps, checked as a whole."""
+        axes = [reading.jobs for reading in (*groups, *values)]
+        if math.prod(len(axis) for axis in axes) > MAX_JOBS:
+            self._blame(f"-m: more than {MAX_JOBS} jobs; split the sweep")
+            return []
+        configs = []
+        for job in jobs or itertools.product(*axes):
+            if len(self.problems) > ENOUGH:
+                break
+            try:
+                config = copy.deepcopy(compose_groups(job[: len(groups)], self.folder))
+            except UserError as error:
+                self._blame(str(error))
+                continue
+            for text in job[len(groups) :]:
+                assign(config, parse_word(text).key, parse(text).value())
+            configs.append(config)
+            for problem in check(config, self.folder):
+                consequence = any("." in key and key in problem for key in self.blamed)
+                if not consequence and problem not in self.problems:
+                    self.problems.append(problem)
+        return configs
 
 
 def _is_group(key: str) -> bool:
-    return key in OWN_GROUPS or key.startswith(("hydra.", "hydra/"))
+    """Whether Hydra must know the override before anything is composed."""
+    return key in OWN_GROUPS or key in PLUGIN_GROUPS or is_plugin_setting(key)
 
 
-def options(group: str) -> list[str]:
-    """The choices of a group, schemas left out."""
-    loader = GlobalHydra.instance().config_loader()
-    found = loader.get_group_options(group)
-    if group == "experiments":  # <study>/<file>
-        for study in loader.get_group_options("experiments", results_filter=None):
-            found += [f"{study}/{name}" for name in loader.get_group_options(f"experiments/{study}")]
-    return sorted(name for name in set(found) if not name.endswith("schema"))
-
-
-def _unknown_choices(word: Word, sweep: bool) -> Iterator[str]:
-    if word.key.startswith("hydra") or word.value is None:
-        return
-    known = options(word.key)
+def _misshapen(word: Word, folder: Path) -> str | None:
+    """What is wrong with the shape of an override, if anything."""
     try:
-        chosen = [parse_word(job[0]).value or "" for job in _expand([word.text], sweep)]
-    except HydraException:
-        chosen = [word.value]
-    for choice in chosen:
-        if choice in known or (word.key == "experiments" and choice == "null"):
-            continue
-        near = difflib.get_close_matches(choice, known, n=1, cutoff=0.4)
-        hint = f"nearest: {near[0]}; " if near else ""
-        yield f"{word.key}={choice}: no such choice; {hint}there are {', '.join(known) or 'none'}"
+        word.text.encode()
+    except UnicodeEncodeError:
+        return f"{word.text}: is not UTF-8; rename the file or write the text in UTF-8"
+    if word.prefix == "~":
+        return f"{word.text}: a key cannot be deleted; set it to null where the schema allows it"
+    if word.value is None:
+        group = next((group for group in OWN_GROUPS if word.text in options(group, folder)), None)
+        meant = f"{group}={word.text}" if group else "key=value, without spaces"
+        return f"{word.text or 'an empty word'}: is no override; write {meant}"
+    if not word.key.strip():
+        return f"{word.text}: has no key; write key=value, without spaces"
+    if word.prefix:
+        plain = word.text[len(word.prefix) :]
+        return f"{word.text}: '{word.prefix}' adds keys, and every key is known already; write {plain}"
+    if "@" in word.key:
+        plain = f"{word.key.partition('@')[0]}={word.value}"
+        return f"{word.text}: the place of a group is fixed; write {plain}"
+    return None
 
 
-@lru_cache(maxsize=MAX_JOBS_CHECKED)
-def _compose_groups(overrides: tuple[str, ...]) -> DictConfig:
-    return compose("config", overrides=list(overrides))
-
-
-def _quoted(word: Word, bases: list[DictConfig], sweep: bool) -> str:
-    """The override as Hydra must read it, judged by the first composition that knows the key."""
-    assert word.value is not None
-    for base in bases:
-        found = leaf(base, word.key)
-        if found is not None:
-            return f"{word.prefix}{word.key}={quote_for(found[2], word.value, sweep=sweep)}"
-    return word.text
-
-
-def _parse(text: str) -> Override:
-    loader = GlobalHydra.instance().config_loader()
-    return OverridesParser.create(config_loader=loader).parse_override(text)
-
-
-def _expand(texts: list[str], sweep: bool) -> Iterator[tuple[str, ...]]:
-    """The jobs of a command line: the product of the sweeps in it; one job without `-m`."""
-    if not sweep:
-        yield tuple(texts)
-        return
-    axes: list[list[str]] = []
-    for text in texts:
-        override = _parse(text)
-        if not override.is_sweep_override():
-            axes.append([text])
-        elif override.is_discrete_sweep():
-            prefix = text.partition("=")[0]
-            axes.append([f"{prefix}={choice}" for choice in override.sweep_string_iterator()])
-        # a continuous interval belongs to the sweeper: no one value of it can be composed here
-        else:
-            axes.append([])
-    yield from itertools.product(*(axis for axis in axes if axis))
-
-
-def _refusals(word: Word, quoted: str, bases: list[DictConfig], sweep: bool) -> Iterator[str]:
-    """Why a value override is refused: unknown key, unreadable value, wrong type."""
-    known = [base for base in bases if leaf(base, word.key) is not None]
-    if len(known) < len(bases):
-        yield _unknown_key(word, bases)
-        return
-    found = leaf(known[0], word.key)
-    assert found is not None
-    try:
-        values = [_parse(job[0]).value() for job in _expand([quoted], sweep)]
-        if not sweep and _parse(quoted).is_sweep_override():
-            raise HydraException("a sweep")
-    except HydraException:
-        hint = " (several values need -m)" if not sweep and "," in (word.value or "") else ""
-        yield f"{word.text}: must be {expectation(*found)}{hint}"
-        return
-    for base, value in itertools.product(known, values):
-        reason = assign(copy.deepcopy(base), word.key, value)
-        if reason:
-            yield f"{word.key}={'null' if value is None else value}: {reason}"
-
-
-def _unknown_key(word: Word, bases: list[DictConfig]) -> str:
-    """The sentence for a key that no schema has, with the nearest one that exists."""
-    known = list(OWN_GROUPS) + sorted({key for base in bases for key in keys(base)})
-    near = difflib.get_close_matches(word.key, known, n=1, cutoff=0.6)
-    if not near:  # the right name in the wrong place, or a name without its place
-        ends = [key for key in known if key.rpartition(".")[2] == word.key.rpartition(".")[2]]
-        near = ends[:1]
-    hint = f"nearest: {near[0]}" if near else "`python -m bc2exp --cfg job` prints every key"
-    return f"{word.text}: no such key; {hint}"
-
-
-def keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a configuration, groups of keys included."""
-    with open_dict(config):
-        for name in config:
-            yield f"{prefix}{name}"
-            child = config._get_node(name)
-            if isinstance(child, DictConfig) and not child._is_none():
-                yield from keys(child, f"{prefix}{name}.")
-
-
-def to_plain(config: DictConfig) -> dict[str, object]:
-    """A composed configuration as plain, resolved data: enums by name."""
-    plain = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+def _each_choice_once(groups: list[Reading]) -> Iterator[tuple[str, ...]]:
+    """As few selections as show every choice of every group: enough to judge keys and values singly."""
+    for number in range(max((len(reading.jobs) for reading in groups), default=1)):
+        yield tuple(reading.jobs[number % len(reading.jobs)] for reading in groups)
