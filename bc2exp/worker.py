@@ -5,6 +5,7 @@ A rank knows nothing of Hydra or MLflow. It reads `resolved.yaml`, does the task
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,9 @@ import traceback
 from pathlib import Path
 
 from bc2exp.config.errors import UserError
+from bc2exp.train import TrainingError
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
@@ -23,17 +27,19 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     die_with_parent()
     redirect_output(folder / "logs" / f"rank-{rank}.log")
+    code = 1
     try:
-        code = run_rank(folder, rank)
+        run_rank(folder, rank)
+        code = 0
     except BaseException as error:
         report(folder, rank, error)
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # threads of a broken collective must not keep a failed rank alive
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # threads of a broken collective must not keep a failed rank alive
 
 
-def run_rank(folder: Path, rank: int) -> int:
+def run_rank(folder: Path, rank: int) -> None:
     """Set up the device, meet the other ranks, do the task, record its outcome."""
     from bc2exp.config.load import read
     from bc2exp.hardware import get_backend
@@ -56,7 +62,6 @@ def run_rank(folder: Path, rank: int) -> int:
     outcome = get_task(config.task.name)(config, folder, world, journal)
     world.leave()
     journal.event(outcome)
-    return 0
 
 
 def die_with_parent() -> None:
@@ -90,21 +95,30 @@ def redirect_output(path: Path) -> None:
 
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
-    """Leave the error where the parent looks for it, and in the log.
-
-    `kind`: `user` (wrong input, exit code 2), `training` (training cannot go on) or `crash` (a traceback).
-    """
-    kind = "crash"
-    if isinstance(error, UserError):
-        kind = "user"
-    elif type(error).__name__ == "TrainingError":
-        kind = "training"
-    text = str(error) if kind != "crash" else "".join(traceback.format_exception(error))
+    """Leave the error where the parent looks for it, and in the log."""
+    kind, text = describe(error, folder)
     print(text, file=sys.stderr)
     path = folder / "logs" / f"rank-{rank}.error.json"
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps({"rank": rank, "time": time.time(), "kind": kind, "text": text}))
     temporary.replace(path)
+
+
+def describe(error: BaseException, folder: Path) -> tuple[str, str]:
+    """The kind of an error, and what to say of it.
+
+    A sentence for `user` (wrong input, exit code 2), `training` (it cannot go on) and `disk` (full); the
+    traceback for a `crash`.
+    """
+    if isinstance(error, UserError):
+        return "user", str(error)
+    if isinstance(error, TrainingError):
+        return "training", str(error)
+    # safetensors has an exception of its own for what the operating system said
+    full = isinstance(error, OSError) and error.errno in _DISK_FULL
+    if full or os.strerror(errno.ENOSPC) in str(error):
+        return "disk", f"the disk of {folder} is full ({error}); make room, and the same command goes on"
+    return "crash", "".join(traceback.format_exception(error))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from bc2exp.config.errors import UserError
 from bc2exp.config.load import digest
@@ -16,6 +19,9 @@ from bc2exp.storage.lock import Lock, LockHeld, hold, is_held
 from bc2exp.tracking.journal import outcome
 
 RUN_FILE = "run.json"
+
+_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "position")
+"""What a checkpoint depends on."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +55,20 @@ def claim(plain: dict[str, Any], launch_folder: Path, chosen: Path | None, now: 
         now: names the default folder.
 
     Raises:
-        UserError: the folder belongs to a living process, or to another run.
+        UserError: the folder belongs to a living process, or to another run, or cannot be written to.
     """
-    resume = plain["task"].get("resume", "never")
-    if resume not in ("auto", "never"):
-        return _own(Path(resume), resumed=True)
-    if chosen is not None and (chosen / RUN_FILE).is_file():
-        return _continue_chosen(plain, chosen, resume)
-    if resume == "auto":
-        unfinished = newest_unfinished(launch_folder / "runs", digest(plain))
-        if unfinished is not None:
-            return _own(unfinished, resumed=True)
-    if chosen is not None:
-        chosen.mkdir(parents=True, exist_ok=True)
-        strangers = [entry.name for entry in chosen.iterdir()]
-        if strangers:
-            raise UserError(f"hydra.run.dir={chosen}: holds {strangers[0]} and no run; name a new or empty folder")
-        return _own(chosen, resumed=False)
-    return _own(_create(default_folder(plain, launch_folder, now)), resumed=False)
+    new = default_folder(plain, launch_folder, now)
+    with writable(chosen or new):
+        resume = plain["task"].get("resume", "never")
+        if resume not in ("auto", "never"):
+            return _continue_named(plain, Path(resume))
+        if chosen is not None and (chosen / RUN_FILE).is_file():
+            return _continue_chosen(plain, chosen, resume)
+        if resume == "auto":
+            unfinished = newest_unfinished(launch_folder / "runs", digest(plain))
+            if unfinished is not None:
+                return _own(unfinished, resumed=True)
+        return _own(_create(new) if chosen is None else _empty(chosen), resumed=False)
 
 
 def newest_unfinished(runs: Path, config_digest: str) -> Path | None:
@@ -76,47 +78,85 @@ def newest_unfinished(runs: Path, config_digest: str) -> Path | None:
         try:
             record = json.loads(file.read_text())
         except (OSError, ValueError):
-            continue
+            continue  # nobody asked about that folder
         if record.get("digest") == config_digest:
             candidates.append((record.get("created", 0.0), file.parent))
     for _, folder in sorted(candidates, reverse=True):
-        ending = outcome(folder / "metrics.jsonl")
-        if (ending is None or ending["event"] != "done") and not is_held(folder / "owner.lock"):
+        if not _is_finished(folder) and not is_held(folder / "owner.lock"):
             return folder
     return None
 
 
-def new_identity() -> str:
-    """What tells this run from every other, wherever its folder moves."""
-    return uuid.uuid4().hex
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turns the errors of a disk that cannot be written to into a sentence about the run folder `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}: {error.filename or path}"
+        raise UserError(
+            f"the run folder {path} cannot be written ({reason}); start in another folder, or name one with "
+            "hydra.run.dir=..."
+        ) from None
+
+
+def _continue_named(plain: dict[str, Any], folder: Path) -> RunFolder:
+    """The run that `task.resume` names goes on with this configuration."""
+    before = OmegaConf.load(folder / "resolved.yaml")
+    keys = ["task.name", *(f"model.{name}" for name in _SHAPE)]
+    for key in keys:
+        group, _, name = key.partition(".")
+        there, here = OmegaConf.select(before, key), plain[group][name]
+        if there != here and None not in (there, here):
+            raise UserError(
+                f"task.resume={folder}: that run has {key}={there}, this configuration {here}; a run goes on "
+                "with the same task and the same model"
+            )
+    return _own(folder, resumed=True)
 
 
 def _continue_chosen(plain: dict[str, Any], chosen: Path, resume: str) -> RunFolder:
     if resume == "never":
-        raise UserError(f"hydra.run.dir={chosen}: holds a run already, and task.resume=never; name another folder")
-    record = json.loads((chosen / RUN_FILE).read_text())
-    if record["digest"] != digest(plain):
+        raise UserError(f"hydra.run.dir={chosen}: holds a run, and task.resume=never; name another folder")
+    if json.loads((chosen / RUN_FILE).read_text())["digest"] != digest(plain):
         raise UserError(
-            f"hydra.run.dir={chosen}: holds a run of another configuration; name another folder, or continue that "
-            f"run with this configuration by task.resume={chosen}"
+            f"hydra.run.dir={chosen}: holds a run of another configuration; name another folder, or continue "
+            f"that run with this configuration by task.resume={chosen}"
         )
-    ending = outcome(chosen / "metrics.jsonl")
-    if ending is not None and ending["event"] == "done":
+    if _is_finished(chosen):
         raise UserError(f"hydra.run.dir={chosen}: this run is finished; name another folder to run it again")
     return _own(chosen, resumed=True)
+
+
+def _is_finished(folder: Path) -> bool:
+    try:
+        ending = outcome(folder / "metrics.jsonl")
+    except ValueError as error:
+        raise UserError(f"{error}; this run cannot go on, task.resume=never starts another") from None
+    return ending is not None and ending["event"] == "done"
+
+
+def _empty(chosen: Path) -> Path:
+    chosen.mkdir(parents=True, exist_ok=True)
+    strangers = sorted(entry.name for entry in chosen.iterdir())
+    if strangers:
+        raise UserError(
+            f"hydra.run.dir={chosen}: holds {strangers[0]} and no run; name a new or empty folder"
+        )
+    return chosen
 
 
 def _create(path: Path) -> Path:
     """A folder that did not exist before; two starts in one second get two folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    for attempt in range(1, 1000):
-        candidate = path if attempt == 1 else path.with_name(f"{path.name}-{attempt}")
+    candidate, number = path, 1
+    while True:
         try:
             os.mkdir(candidate)
+            return candidate
         except FileExistsError:
-            continue
-        return candidate
-    raise UserError(f"{path}: could not be created")
+            number += 1
+            candidate = path.with_name(f"{path.name}-{number}")
 
 
 def _own(path: Path, *, resumed: bool) -> RunFolder:

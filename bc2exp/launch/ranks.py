@@ -11,7 +11,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-_FAILED_RANK = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*exitcode\s*:\s*(-?\d+)")
+from bc2exp.hardware.probe import rank_environment
+
+# What torchrun writes of each rank that did not end with 0, and of those that it ended itself.
+_FAILED = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
+_ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
+
+_MOST_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -19,7 +25,7 @@ class Failure:
     """Why the ranks ended without an outcome.
 
     Attributes:
-        kind: `user`, `training`, `crash`, or `lost` (killed from outside).
+        kind: `user`, `training`, `disk`, `crash`, or `lost` (killed from outside).
         text: a sentence, or for a crash the traceback.
     """
 
@@ -30,10 +36,10 @@ class Failure:
 class Ranks:
     """One process, or several under torchrun. They end when this process does."""
 
-    def __init__(self, folder: Path, num_ranks: int) -> None:
+    def __init__(self, folder: Path, backend: str, num_ranks: int) -> None:
         self._folder = folder
+        self._num_ranks = num_ranks
         logs = folder / "logs"
-        logs.mkdir(exist_ok=True)
         for old in logs.glob("rank-*.error.json"):
             old.unlink()
         command = [sys.executable, "-m"]
@@ -42,20 +48,19 @@ class Ranks:
         command += ["bc2exp.worker", str(folder)]
         # Installed device plug-ins load themselves on `import torch` and fail without their drivers;
         # the backend's module imports what it needs.
-        environment = {**os.environ, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONUNBUFFERED": "1"}
-        environment.setdefault("OMP_NUM_THREADS", "1" if num_ranks > 1 else str(len(_cores())))
+        fixed = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONUNBUFFERED": "1"}
         self._launcher_log = logs / "launcher.log"
-        self._lifeline, self._writer = os.pipe()
+        lifeline, self._writer = os.pipe()
         with self._launcher_log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
-                stdin=self._lifeline,
+                stdin=lifeline,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env={**rank_environment(backend, num_ranks), **os.environ, **fixed},
                 start_new_session=True,  # Ctrl-C is the parent's to answer
             )
-        os.close(self._lifeline)
+        os.close(lifeline)
 
     def running(self) -> bool:
         """Whether any rank may still be at work."""
@@ -63,7 +68,7 @@ class Ranks:
 
     def kill(self) -> None:
         """End every rank now: the end of the pipe ends the ranks, the signal ends what started them."""
-        self._hang_up()
+        self.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -71,8 +76,10 @@ class Ranks:
             self._process.wait()
 
     def close(self) -> None:
-        """Release the pipe after the ranks have ended; none outlives it."""
-        self._hang_up()
+        """Let go of the pipe: no rank outlives it."""
+        if self._writer >= 0:
+            os.close(self._writer)
+            self._writer = -1
 
     def failure(self) -> Failure | None:
         """Why they ended, None for an orderly end. The first error in time is the cause; the errors of
@@ -80,34 +87,32 @@ class Ranks:
         code = self._process.wait()
         if code == 0:
             return None
-        killed = self._killed_rank(code)
+        killed = self._killed(code)
         if killed is not None:
-            return killed
+            return Failure("lost", killed)
         errors = [json.loads(file.read_text()) for file in (self._folder / "logs").glob("rank-*.error.json")]
         if errors:
             first = min(errors, key=lambda error: error["time"])
             return Failure(first["kind"], first["text"].rstrip())
-        return Failure("crash", f"the ranks ended with code {code}; last lines of {self._launcher_log}:\n{self._tail()}")
+        how = f"the ranks ended with code {code} before they could say why"
+        return Failure("crash", f"{how}; the last lines of their logs:\n{self._last_lines()}")
 
-    def _killed_rank(self, code: int) -> Failure | None:
-        """A rank that a signal ended; torchrun's own signal to the survivors (SIGTERM) is no cause."""
+    def _killed(self, code: int) -> str | None:
+        """The sentence for a process that a signal from outside ended."""
         if code < 0:
-            return Failure("lost", f"rank 0 was killed by {_signal_name(-code)}")
-        for rank, exit_code in _FAILED_RANK.findall(self._launcher_log.read_text(errors="replace")):
-            number = -int(exit_code)
-            if number > 0 and number != signal.SIGTERM:
-                return Failure("lost", f"rank {rank} was killed by {_signal_name(number)}")
+            who = "rank 0" if self._num_ranks == 1 else "torchrun, which started the ranks,"
+            return f"{who} was killed by {_signal_name(-code)}"
+        log = self._launcher_log.read_text(errors="replace")
+        by_torchrun = _ENDED_BY_TORCHRUN.findall(log)
+        for rank, exit_code, pid in _FAILED.findall(log):
+            if int(exit_code) < 0 and pid not in by_torchrun:
+                return f"rank {rank} was killed by {_signal_name(-int(exit_code))}"
         return None
 
-    def _tail(self) -> str:
+    def _last_lines(self) -> str:
         files = [self._launcher_log, *sorted((self._folder / "logs").glob("rank-*.log"))]
-        lines = [line for file in files if file.exists() for line in file.read_text(errors="replace").splitlines()]
-        return "\n".join(lines[-20:])
-
-    def _hang_up(self) -> None:
-        if self._writer >= 0:
-            os.close(self._writer)
-            self._writer = -1
+        texts = [file.read_text(errors="replace") for file in files if file.exists()]
+        return "\n".join([line for text in texts for line in text.splitlines()][-_MOST_LINES:])
 
 
 def _signal_name(number: int) -> str:
@@ -115,7 +120,3 @@ def _signal_name(number: int) -> str:
         return f"{signal.Signals(number).name} (signal {number})"
     except ValueError:
         return f"signal {number}"
-
-
-def _cores() -> set[int] | range:
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)

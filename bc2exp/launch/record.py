@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
+import uuid
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from bc2exp import __version__
 from bc2exp.config.load import digest
 from bc2exp.config.roots import checkout
-from bc2exp.launch.folder import RUN_FILE, RunFolder, new_identity
+from bc2exp.launch.folder import RUN_FILE, RunFolder
 from bc2exp.storage.atomic import write_json, write_text
 
 _MAX_DIFF_BYTES = 10_000_000
+_GIT_SECONDS = 10
 
 
 def write_record(
@@ -28,32 +31,31 @@ def write_record(
 ) -> dict[str, Any]:
     """Write everything but the journal. A resumed run keeps its identity. Returns the content of run.json."""
     path = folder.path
-    write_text(path / "resolved.yaml", yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+    write_text(path / "resolved.yaml", OmegaConf.to_yaml(OmegaConf.create(plain)))
     write_text(path / "overrides.txt", "".join(f"{text}\n" for text in overrides))
     git = git_state(checkout())
-    write_json(path / "git.json", {key: value for key, value in git.items() if key != "diff"})
-    if git.get("diff"):
-        write_text(path / "git.diff", git["diff"])
+    diff = git.pop("diff", None)
+    write_json(path / "git.json", git)
+    (path / "git.diff").unlink(missing_ok=True)  # of an earlier part of the run
+    if diff:
+        write_text(path / "git.diff", diff)
     write_json(path / "environment.json", environment())
     if folder.resumed:
-        import json
-
         run: dict[str, Any] = json.loads((path / RUN_FILE).read_text())
-        if run["digest"] != digest(plain):
-            run = {**run, "digest": digest(plain)}
-            write_json(path / RUN_FILE, run)
-        return run
-    now = datetime.now()
-    run = {
-        "id": new_identity(),
-        "name": plain["tracking"]["run_name"] or run_name(plain, now),
-        "task": plain["task"]["name"],
-        "digest": digest(plain),
-        "launch_folder": str(launch_folder),
-        "created": time.time(),
-        "tracking": tracking_record(plain, launch_folder),
-        "tags": {"git.commit": str(git.get("commit")), **tags},
-    }
+        run["digest"] = digest(plain)
+        # Relative addresses count from where the run was first started, wherever it goes on.
+        run["tracking"] = tracking_record(plain, Path(run["launch_folder"]))
+    else:
+        run = {
+            "id": uuid.uuid4().hex,  # tells this run from every other, wherever its folder moves
+            "name": plain["tracking"]["run_name"] or run_name(plain, datetime.now()),
+            "task": plain["task"]["name"],
+            "digest": digest(plain),
+            "launch_folder": str(launch_folder),
+            "created": time.time(),
+            "tracking": tracking_record(plain, launch_folder),
+            "tags": {"git.commit": str(git.get("commit")), **tags},
+        }
     write_json(path / RUN_FILE, run)
     return run
 
@@ -82,18 +84,22 @@ def tracking_record(plain: dict[str, Any], launch_folder: Path) -> dict[str, Any
 
 
 def git_state(root: Path | None) -> dict[str, str | None]:
-    """Commit, branch, changed files and the uncommitted diff of the source checkout; empty without one."""
+    """Commit, branch, changed files and the uncommitted diff of the source checkout.
+
+    Only the version without a checkout; None for what git does not say.
+    """
     if root is None or not (root / ".git").exists():
         return {"commit": None, "version": __version__}
 
     def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(root), *arguments]
         try:
             done = subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, timeout=10, check=False, stdin=subprocess.DEVNULL
+                command, capture_output=True, timeout=_GIT_SECONDS, check=False, stdin=subprocess.DEVNULL
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
+        return done.stdout.decode(errors="replace").rstrip("\n") if done.returncode == 0 else None
 
     diff = git("diff", "HEAD") or ""
     return {
@@ -107,7 +113,8 @@ def git_state(root: Path | None) -> dict[str, str | None]:
 
 def environment() -> dict[str, Any]:
     """Interpreter, machine and installed packages."""
-    packages = {dist.metadata["Name"]: dist.version for dist in metadata.distributions() if dist.metadata["Name"]}
+    named = ((dist.metadata["Name"], dist.version) for dist in metadata.distributions())
+    packages = {name: version for name, version in named if name}
     return {
         "python": sys.version,
         "platform": platform.platform(),

@@ -1,4 +1,4 @@
-"""One run, seen by the parent: claim the folder, start the ranks, watch the journal, close the record."""
+"""One run, seen by the parent: start the ranks, watch the journal, close the record."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from rich.console import Console
 
 from bc2exp.config.errors import UserError
 from bc2exp.hardware import count_devices
-from bc2exp.launch.folder import RunFolder
+from bc2exp.launch.folder import RunFolder, writable
 from bc2exp.launch.ranks import Failure, Ranks
 from bc2exp.launch.record import write_record
+from bc2exp.launch.screen import lasting_screen
 from bc2exp.launch.stop import StopRequests, stop_requests
 from bc2exp.launch.tracker import NoTracker, Tracker, sync
 from bc2exp.report.summary import summarize
@@ -30,74 +31,97 @@ _POLL_SECONDS = 0.1
 def run_on_ranks(
     folder: RunFolder, plain: dict[str, Any], overrides: list[str], launch_folder: Path, tags: dict[str, str]
 ) -> int:
-    """Do a task on its ranks from start to end; returns the exit code."""
+    """Do a task on its ranks from start to end; returns the exit code.
+
+    Raises UserError for devices that are missing and for a folder that cannot be written to.
+    """
     path = folder.path
     require_devices(plain)
-    (path / "stop").unlink(missing_ok=True)
-    (path / "logs").mkdir(exist_ok=True)
-    run = write_record(folder, plain, overrides, launch_folder, tags)
-    print(f"{'resuming' if folder.resumed else 'run'}: {show(path, launch_folder)}", flush=True)
+    with writable(path):
+        (path / "stop").unlink(missing_ok=True)
+        (path / "logs").mkdir(exist_ok=True)
+        run = write_record(folder, plain, overrides, launch_folder, tags)
     segment = last_segment(path / "metrics.jsonl") + 1
-    with stop_requests() as requests:
-        tracker = Tracker(path, plain["tracking"]["patience_s"]) if run["tracking"]["enabled"] else NoTracker()
-        failure = watch(path, plain, requests, segment)
-        code = conclude(path, failure, segment)
+    with stop_requests() as requests, lasting_screen():
+        print(f"{'resuming' if folder.resumed else 'run'}: {show(path, launch_folder)}", flush=True)
+        tracker = (
+            Tracker(path, plain["tracking"]["patience_s"]) if run["tracking"]["enabled"] else NoTracker()
+        )
+        failure = watch(path, plain, requests, launch_folder)
+        code = conclude(path, failure, segment, launch_folder)
         if code in (DONE, STOPPED):
             print_report(path)
-        complaint = tracker.close()
-    if complaint:
-        print(f"bc2exp: {complaint}", file=sys.stderr)
-    print_places(path, run, launch_folder, code)
+        heard = requests.count
+        complaint = tracker.close(give_up=lambda: requests.count > heard)
+        if complaint:
+            print(f"bc2exp: {complaint}", file=sys.stderr)
+        print_places(path, run, launch_folder, code)
     return code
 
 
-def watch(path: Path, plain: dict[str, Any], requests: StopRequests, segment: int) -> Failure | None:
+def watch(path: Path, plain: dict[str, Any], requests: StopRequests, launch_folder: Path) -> Failure | None:
     """Start the ranks and show their progress until they have ended; why they failed, if they did."""
     tail = Tail(path / "metrics.jsonl")
     tail.poll()  # what earlier segments wrote has been shown already
-    ranks = Ranks(path, plain["hardware"]["num_devices"])
+    ranks = Ranks(path, plain["hardware"]["backend"], plain["hardware"]["num_devices"])
     with Progress(None) as progress:
         answered = 0
-        while ranks.running():
+        running = True
+        while running:
+            running = ranks.running()  # asked before the journal, so that its last lines are shown, too
             if requests.count > answered:
                 answered = requests.count
-                if answered == 1:
-                    (path / "stop").touch()
-                    progress.say("stopping after this step and saving; once more (Ctrl-C) ends it at once")
-                else:
+                if answered > 1:
                     ranks.kill()
                     return Failure("lost", "ended at once on request; the last checkpoint stands")
+                (path / "stop").touch()
+                text = "stopping after this step and saving; once more (Ctrl-C) ends it at once"
+                progress.update({"event": "note", "text": text})
             for record in tail.poll():
-                progress.update(record)
-            time.sleep(_POLL_SECONDS)
-        for record in tail.poll():
-            progress.update(record)
+                progress.update(as_shown(record, path, launch_folder))
+            time.sleep(_POLL_SECONDS if running else 0)
     ranks.close()
     return ranks.failure()
 
 
-def conclude(path: Path, failure: Failure | None, segment: int) -> int:
-    """Decide how the run ended; the parent writes the outcome that no rank could write any more."""
+def as_shown(record: dict[str, Any], path: Path, launch_folder: Path) -> dict[str, Any]:
+    """A journal record with the path in it, which counts from the run folder, as a person would type it."""
+    if record.get("event") != "checkpoint":
+        return record
+    return {**record, "path": show(path / record["path"], launch_folder)}
+
+
+def conclude(path: Path, failure: Failure | None, segment: int, launch_folder: Path) -> int:
+    """Decide how the run ended; the parent writes the outcome that no rank could write any more.
+
+    The journal has the first word: ranks that die after the outcome was written change nothing about it.
+    """
     file = path / "metrics.jsonl"
     ending = outcome(file)
-    if failure is None and ending is not None and ending["segment"] == segment:
+    if ending is not None and ending["segment"] == segment:
         return DONE if ending["event"] == "done" else STOPPED
     failure = failure or Failure("crash", "the ranks ended without an outcome")
-    with Journal(file, segment) as journal:
-        journal.event("failed", kind=failure.kind, reason=failure.text.splitlines()[-1])
     print(f"bc2exp: {failure.text}", file=sys.stderr)
     if failure.kind in ("crash", "lost"):
-        print(f"bc2exp: the run failed; its logs are in {path / 'logs'}", file=sys.stderr)
+        print(
+            f"bc2exp: the run failed; its logs are in {show(path / 'logs', launch_folder)}", file=sys.stderr
+        )
+    try:
+        with Journal(file, segment) as journal:
+            journal.event("failed", kind=failure.kind, reason=failure.text.splitlines()[-1])
+    except OSError as error:  # a full disk, which may be why it failed; no outcome counts as failed, too
+        print(f"bc2exp: the outcome could not be written to {file}: {error.strerror}", file=sys.stderr)
     return WRONG if failure.kind == "user" else FAILED
 
 
 def require_devices(plain: dict[str, Any]) -> None:
     """Raise UserError where this machine has fewer devices than the configuration asks for."""
-    backend, wanted = plain["hardware"]["backend"], plain["hardware"]["num_devices"]
+    hardware = plain["hardware"]
+    backend, wanted = hardware["backend"], hardware["num_devices"]
     present = count_devices(backend)
     if present is not None and present < wanted:
         raise UserError(
-            f"hardware={plain['hardware']['name']}: asks for {wanted} {backend} devices, this machine has {present}"
+            f"hardware={hardware['name']}: asks for {wanted} {backend} devices, this machine has {present}"
         )
 
 
@@ -106,18 +130,22 @@ def print_report(path: Path) -> None:
     from bc2exp.report.plots import plot_loss  # matplotlib takes half a second, which the door need not pay
     from bc2exp.report.tables import table
 
-    plot_loss(path)
-    Console().print(table({path.name: summarize(path)}))
+    try:
+        plot_loss(path)
+        Console().print(table({path.name: summarize(path)}))
+    except OSError as error:  # the training is done and saved: a report can be made later
+        print(f"bc2exp: the report could not be written: {error}", file=sys.stderr)
 
 
 def print_places(path: Path, run: dict[str, Any], launch_folder: Path, code: int) -> None:
-    """Say where everything is, and how to look at it."""
+    """Say where everything is, how to look at it, and how to go on."""
     if code == DONE:
         print(f"weights  {show(path / 'weights', launch_folder)} (safetensors, Hugging Face layout)")
     if (path / "loss.png").is_file():
         print(f"plot     {show(path / 'loss.png', launch_folder)}")
-    if code == STOPPED:
-        print("stopped  type the same command again to go on from the checkpoint")
+    checkpoints = sorted((path / "checkpoints").glob("step-*"))
+    if code in (FAILED, STOPPED) and checkpoints:
+        print(f"resume   the same command again goes on from {show(checkpoints[-1], launch_folder)}")
     tracking = run["tracking"]
     if tracking["enabled"]:
         print(f"mlflow   mlflow ui --backend-store-uri {shlex.quote(tracking['uri'])}")
@@ -130,11 +158,14 @@ def show(path: Path, launch_folder: Path) -> str:
 
 def sync_runs(plain: dict[str, Any], launch_folder: Path) -> int:
     """The task `sync`: replay one run folder, or every one below runs/, into MLflow."""
-    named = plain["task"]["run"]
-    folders = [Path(named)] if named else sorted(file.parent for file in (launch_folder / "runs").glob("**/run.json"))
-    if named and not (Path(named) / "run.json").is_file():
-        raise UserError(f"task.run={named}: is no run folder (it would hold run.json)")
+    if named := plain["task"]["run"]:
+        if not (Path(named) / "run.json").is_file():
+            raise UserError(f"task.run={named}: is no run folder (it would hold run.json)")
+        folders = [Path(named)]
+    else:
+        folders = sorted(file.parent for file in (launch_folder / "runs").glob("**/run.json"))
     if not folders:
         print("sync: no run folders below runs/")
         return DONE
-    return sync(folders)
+    code = sync(folders)
+    return code if code in (DONE, WRONG) else FAILED

@@ -35,7 +35,8 @@ def parallelize(model: nn.Module, world: World, *, replicate: int, precision: st
     if not needs_sharding(world.size, precision):
         return
     copies = world.size if replicate == -1 else replicate
-    mesh = init_device_mesh(world.device.type, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
+    shape = (copies, world.size // copies)
+    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
     compute = torch.bfloat16 if precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for layer in cast(nn.ModuleDict, model.layers).values():
@@ -48,6 +49,14 @@ def exchange_gradients(model: nn.Module, *, now: bool) -> None:
     """Whether the next backward pass sums gradients over the ranks: only the last micro batch of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_all_reduce(now)
+
+
+def release_gathered(model: nn.Module) -> None:
+    """After a forward pass that no backward pass follows: what it gathered is freed, and the parameters are
+    again those that the optimizer knows."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

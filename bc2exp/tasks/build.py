@@ -1,8 +1,9 @@
-"""What the training tasks share: the model a configuration means, and its final weights."""
+"""What the training tasks share: from a configuration to the parts of a training, one function a part."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,11 +12,14 @@ from torch import nn
 from bc2exp.config.errors import UserError
 from bc2exp.config.model import ModelConfig
 from bc2exp.config.root import Config
+from bc2exp.config.task import OptimizerConfig, PretrainConfig
 from bc2exp.model.baichuan2 import Baichuan2, init_weights, parameter_count
 from bc2exp.parallel.shard import whole
 from bc2exp.parallel.world import World
 from bc2exp.text.tokenizer import Tokenizer
 from bc2exp.tracking.journal import Journal, NullJournal
+from bc2exp.train.checkpoint import Checkpoints, Progress
+from bc2exp.train.optimizer import build_optimizer, lr_schedule
 from bc2exp.train.throughput import Throughput, flops_per_token
 from bc2exp.weights.hf import load_hf_into, save_hf
 
@@ -41,7 +45,7 @@ def find_vocabulary(model: ModelConfig, tokenizer: Tokenizer, journal: Journal |
     return model.vocab_size
 
 
-def build_model(model: ModelConfig, vocab_size: int, *, seed: int, init_std: float, world: World) -> Baichuan2:
+def make_model(model: ModelConfig, vocab_size: int, *, seed: int, init_std: float, world: World) -> Baichuan2:
     """The model with fp32 parameters on this rank's device: fresh, or from `model.weights`."""
     with torch.device("meta"):
         built = Baichuan2(
@@ -67,7 +71,7 @@ def build_model(model: ModelConfig, vocab_size: int, *, seed: int, init_std: flo
     return built
 
 
-def measure_throughput(model: nn.Module, config: Config, vocab_size: int, global_batch: int) -> Throughput:
+def make_throughput(model: nn.Module, config: Config, vocab_size: int, global_batch: int) -> Throughput:
     """The measure of a run's speed. The model is not yet sharded, so its parameters can be counted."""
     return Throughput(
         global_batch=global_batch,
@@ -82,6 +86,57 @@ def measure_throughput(model: nn.Module, config: Config, vocab_size: int, global
         ),
         peak_tflops=config.hardware.peak_tflops,
     )
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the model's parameters, which are laid over the ranks already."""
+    return build_optimizer(
+        model,
+        lr=config.lr,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+
+
+def make_schedule(task: PretrainConfig, steps: int) -> Callable[[int], float]:
+    """The learning rate of each step."""
+    return lr_schedule(
+        kind=task.schedule.kind.value,
+        lr=task.optimizer.lr,
+        min_lr=task.schedule.min_lr,
+        steps=steps,
+        warmup_steps=task.schedule.warmup_steps,
+        warmup_fraction=task.schedule.warmup_fraction,
+    )
+
+
+def make_checkpoints(
+    folder: Path, task: PretrainConfig, world: World, journal: Journal | NullJournal
+) -> Checkpoints:
+    """The checkpoints of the run in `folder`."""
+    return Checkpoints(
+        folder / "checkpoints",
+        keep=task.keep_checkpoints,
+        writes=world.rank == 0,
+        tell=lambda text: journal.event("note", text=text),
+    )
+
+
+def go_on(
+    checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, world: World
+) -> Progress:
+    """Load the newest checkpoint, if there is one; how far the training is then.
+
+    Raises UserError where it is already beyond `steps`, or where the ranks do not see the same checkpoints.
+    """
+    progress = checkpoints.load_newest(model, optimizer) or Progress(0, 0)
+    if len(set(world.gather(progress.step))) > 1:
+        raise UserError(f"{checkpoints.folder}: not every rank finds the same checkpoints there")
+    if progress.step > steps:
+        raise UserError(f"task.steps={steps}: this run has done {progress.step} already; name more")
+    return progress
 
 
 def export(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bc2exp.config.dataset import DatasetConfig
 from bc2exp.config.errors import UserError
 from bc2exp.config.root import Config
 from bc2exp.config.task import PretrainConfig
@@ -15,42 +16,33 @@ from bc2exp.data.sources import documents
 from bc2exp.data.tokens import TokenStream, build_streams
 from bc2exp.parallel.shard import parallelize
 from bc2exp.parallel.world import World
-from bc2exp.tasks.build import build_model, export, find_vocabulary, measure_throughput
+from bc2exp.tasks import build
 from bc2exp.text.tokenizer import Tokenizer, find_tokenizer
 from bc2exp.tracking.journal import Journal, NullJournal
-from bc2exp.train.checkpoint import Checkpoints, Progress
-from bc2exp.train.optimizer import build_optimizer, lr_schedule
 from bc2exp.train.trainer import Trainer
 
 
 def pretrain(config: Config, folder: Path, world: World, journal: Journal | NullJournal) -> str:
     """Train a model on text; leaves checkpoints, the journal and the final weights in `folder`."""
-    task, data, hardware = config.task, config.dataset, config.hardware
+    task, length = config.task, config.dataset.sequence_length
     assert isinstance(task, PretrainConfig)
     tokenizer = Tokenizer(find_tokenizer(config.model.tokenizer, config.model.weights))
-    vocab_size = find_vocabulary(config.model, tokenizer, journal)
-    train, held_out = read_streams(config, tokenizer, journal)
-    steps = total_steps(task, train.num_samples(data.sequence_length))
-    micro_batch = task.micro_batch or task.global_batch // world.size
-    model = build_model(config.model, vocab_size, seed=config.seed, init_std=task.init_std, world=world)
-    throughput = measure_throughput(model, config, vocab_size, task.global_batch)
-    parallelize(model, world, replicate=config.parallelism.replicate, precision=hardware.precision.value)
-    optimizer = build_optimizer(
+    vocab_size = build.find_vocabulary(config.model, tokenizer, journal)
+    train, held_out = read_streams(config.dataset, tokenizer, journal)
+    steps = total_steps(task, train.num_samples(length))
+    model = build.make_model(config.model, vocab_size, seed=config.seed, init_std=task.init_std, world=world)
+    throughput = build.make_throughput(model, config, vocab_size, task.global_batch)
+    parallelize(
         model,
-        lr=task.optimizer.lr,
-        beta1=task.optimizer.beta1,
-        beta2=task.optimizer.beta2,
-        eps=task.optimizer.eps,
-        weight_decay=task.optimizer.weight_decay,
+        world,
+        replicate=config.parallelism.replicate,
+        precision=config.hardware.precision.value,
     )
-    checkpoints = Checkpoints(
-        folder / "checkpoints",
-        keep=task.keep_checkpoints,
-        writes=world.rank == 0,
-        tell=lambda text: journal.event("note", text=text),
-    )
-    progress = checkpoints.load_newest(model, optimizer) or Progress(0, 0)
+    optimizer = build.make_optimizer(model, task.optimizer)
+    checkpoints = build.make_checkpoints(folder, task, world, journal)
+    progress = build.go_on(checkpoints, model, optimizer, steps, world)
     journal.event("start", step=progress.step, steps=steps, world_size=world.size)
+    micro_batch = task.micro_batch or task.global_batch // world.size
     trainer = Trainer(
         model=model,
         optimizer=optimizer,
@@ -60,7 +52,7 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
         throughput=throughput,
         batches=training_batches(
             train,
-            sequence_length=data.sequence_length,
+            sequence_length=length,
             global_batch=task.global_batch,
             micro_batch=micro_batch,
             rank=world.rank,
@@ -69,20 +61,13 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
         ),
         evaluation=evaluation_batches(
             held_out,
-            sequence_length=data.sequence_length,
+            sequence_length=length,
             micro_batch=micro_batch,
             rank=world.rank,
             num_ranks=world.size,
             num_samples=task.eval_samples,
         ),
-        lr_at=lr_schedule(
-            kind=task.schedule.kind.value,
-            lr=task.optimizer.lr,
-            min_lr=task.schedule.min_lr,
-            steps=steps,
-            warmup_steps=task.schedule.warmup_steps,
-            warmup_fraction=task.schedule.warmup_fraction,
-        ),
+        lr_at=build.make_schedule(task, steps),
         steps=steps,
         global_batch=task.global_batch,
         clip_norm=task.optimizer.clip_norm,
@@ -93,15 +78,14 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
     )
     outcome = trainer.run(progress.step)
     if outcome == "done":
-        export(model, config.model, vocab_size, tokenizer, folder / "weights", world)
+        build.export(model, config.model, vocab_size, tokenizer, folder / "weights", world)
     return outcome
 
 
 def read_streams(
-    config: Config, tokenizer: Tokenizer, journal: Journal | NullJournal
+    data: DatasetConfig, tokenizer: Tokenizer, journal: Journal | NullJournal
 ) -> tuple[TokenStream, TokenStream]:
     """The training and the held-out tokens of the data set, recorded in the journal."""
-    data = config.dataset
     texts = documents(data.source.value, data.path, data.column)
     encoded = tokenizer.encode_documents(texts, num_threads=torch.get_num_threads())
     streams = build_streams(encoded, data.split, tokenizer.eos_id if data.append_eos else None)

@@ -1,1 +1,5 @@
-"""Training: the loop, the optimizer, checkpoints, throughput."""
+"""Training: the loop, the optimizer, checkpoints, throughput. Loads no torch by itself."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the sentence says at which step and why."""

@@ -57,12 +57,19 @@ class Checkpoints:
             for moment in _MOMENTS:
                 files[f"{moment}.safetensors"][name] = whole(optimizer.state[parameter][moment])
         if self.writes:
-            if path.exists():  # left by a run that went further and was then damaged or turned back
-                shutil.rmtree(path)
+            self._clear(progress.step)
             save_tensors(path, files, {"step": progress.step, "samples": progress.samples})
             for old in self.list()[: -self.keep]:
                 shutil.rmtree(old)
         return path
+
+    def _clear(self, step: int) -> None:
+        """Remove what a killed save left half built, and checkpoints that are not behind `step`: the run
+        went on from an earlier one because they are damaged, and they must not count as the newest."""
+        half_built = list(self.folder.glob(".step-*"))
+        passed_over = [path for path in self.list() if _step_of(path) >= step]
+        for path in half_built + passed_over:
+            shutil.rmtree(path)
 
     def list(self) -> list[Path]:
         """Folders of whole checkpoints, oldest first."""

@@ -11,16 +11,27 @@ import torch
 from torch import nn
 
 from bc2exp.data.batches import MicroBatch
-from bc2exp.parallel.shard import exchange_gradients, whole
+from bc2exp.model.baichuan2 import Baichuan2
+from bc2exp.parallel.shard import exchange_gradients, release_gathered, whole
 from bc2exp.parallel.world import World
 from bc2exp.tracking.journal import Journal, NullJournal
+from bc2exp.train import TrainingError
 from bc2exp.train.checkpoint import Checkpoints, Progress
 from bc2exp.train.optimizer import set_lr
 from bc2exp.train.throughput import Throughput
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the sentence names the step and the samples."""
+@dataclass(frozen=True)
+class Counts:
+    """What a step comes to over all ranks.
+
+    Attributes:
+        labels: labels that count.
+        positions: positions of rows that hold a sample.
+    """
+
+    labels: int
+    positions: int
 
 
 @dataclass
@@ -28,7 +39,6 @@ class Trainer:
     """One training: `run` takes it from where it is to its last step.
 
     Args:
-        model: returns the sum of its loss, [1], for input ids and labels.
         batches: this rank's micro batches of a step (from 0).
         evaluation: this rank's share of the held-out samples; empty: nothing is evaluated.
         lr_at: learning rate of a step (from 1).
@@ -39,7 +49,7 @@ class Trainer:
         stop_file: a person's wish to stop; looked for between steps.
     """
 
-    model: nn.Module
+    model: Baichuan2
     optimizer: torch.optim.Optimizer
     world: World
     journal: Journal | NullJournal
@@ -59,24 +69,25 @@ class Trainer:
     def run(self, start: int) -> str:
         """Train from after step `start`; returns `done`, or `stopped` when the stop file appeared.
 
+        A stop leaves a checkpoint of the last step done; so a run that has none does its first step.
         Raises TrainingError on a loss or gradient norm that is not finite, before the weights change.
         """
         saved = start
         self.throughput.restart()
         for step in range(start + 1, self.steps + 1):
             batch = self.batches(step - 1)
-            num_labels, stop = self._agree(batch)
-            if stop:
+            counts, stop = self._agree(batch)
+            if stop and step > 1:
                 if saved < step - 1:
                     self._save(step - 1)
                 return "stopped"
             lr = self.lr_at(step)
             set_lr(self.optimizer, lr)
-            loss, grad_norm = self._step(step, batch, num_labels)
+            loss, grad_norm = self._step(step, batch, counts)
             self.throughput.count_step()
-            if step % self.log_every == 0 or step == self.steps:
-                self._record(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm})
             last = step == self.steps
+            if last or step % self.log_every == 0:
+                self._record(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm})
             if last or (self.eval_every and step % self.eval_every == 0):
                 self._evaluate(step)
             if last or (self.save_every and step % self.save_every == 0):
@@ -84,24 +95,28 @@ class Trainer:
                 saved = step
         return "done"
 
-    def _agree(self, batch: list[MicroBatch]) -> tuple[int, bool]:
-        """The labels of the step over all ranks, and whether to stop before it. One exchange."""
+    def _agree(self, batch: list[MicroBatch]) -> tuple[Counts, bool]:
+        """The counts of the step over all ranks, and whether to stop before it. One exchange."""
+        labels = sum(part.num_labels for part in batch)
+        positions = sum(row >= 0 for part in batch for row in part.samples) * batch[0].input_ids.shape[1]
         stop = self.world.rank == 0 and self.stop_file.exists()
-        counts = torch.tensor([sum(part.num_labels for part in batch), int(stop)], device=self.world.device)
-        num_labels, stops = self.world.sum(counts).tolist()
-        return int(num_labels), stops > 0
+        mine = torch.tensor([labels, positions, int(stop)], device=self.world.device)
+        labels, positions, stops = (int(count) for count in self.world.sum(mine).tolist())
+        return Counts(labels, positions), stops > 0
 
-    def _step(self, step: int, batch: list[MicroBatch], num_labels: int) -> tuple[float, float]:
+    def _step(self, step: int, batch: list[MicroBatch], counts: Counts) -> tuple[float, float]:
         """One optimizer step: loss (mean over the labels of all ranks) and gradient norm before clipping."""
         # Sharded gradients are averaged over the ranks, so the factor makes of that a mean over labels.
-        scale = self.world.size / max(1, num_labels)
+        scale = self.world.size / max(1, counts.labels)
+        if self.model.lm_head is not None:
+            self.model.lm_head.z_loss_ratio = counts.labels / max(1, counts.positions)
         losses = []
         for part in batch:
             exchange_gradients(self.model, now=part is batch[-1])
             loss = self.model(part.input_ids.to(self.world.device), labels=part.labels.to(self.world.device))
             (loss * scale).sum().backward()
             losses.append(loss.detach().float())
-        total = self.world.sum(torch.cat(losses).sum()).item() / max(1, num_labels)
+        total = self.world.sum(torch.cat(losses).sum()).item() / max(1, counts.labels)
         norm = whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
         if not (math.isfinite(total) and math.isfinite(norm.item())):
             self._refuse(step, batch, losses, total, norm.item())
@@ -115,9 +130,10 @@ class Trainer:
         self, step: int, batch: list[MicroBatch], losses: list[torch.Tensor], loss: float, norm: float
     ) -> None:
         """Raise, naming the samples: those of the micro batches whose own loss is not finite, else all."""
-        mine = [part.samples for part, value in zip(batch, losses, strict=True) if not math.isfinite(value.item())]
-        found = self.world.gather((mine, [part.samples for part in batch]))
-        parts = [part for named, _ in found for part in named] or [part for _, every in found for part in every]
+        every = [part.samples for part in batch]
+        mine = [part for part, value in zip(every, losses, strict=True) if not math.isfinite(value.item())]
+        found = self.world.gather((mine, every))
+        parts = [part for mine, _ in found for part in mine] or [part for _, every in found for part in every]
         samples = sorted(sample for part in parts for sample in part)
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         raise TrainingError(
@@ -131,24 +147,24 @@ class Trainer:
         self.journal.metrics(step, {**values, **self.throughput.measure(), "mem/peak_gib": memory})
 
     def _evaluate(self, step: int) -> None:
-        """Mean loss over the held-out labels of all ranks; changes nothing."""
         if self.evaluation:
             self.journal.metrics(step, {"eval/loss": evaluate(self.model, self.evaluation, self.world)})
         self.throughput.restart()
 
     def _save(self, step: int) -> None:
-        progress = Progress(step, step * self.global_batch)
-        path = self.checkpoints.save(self.model, self.optimizer, progress)
-        self.journal.event("checkpoint", step=step, path=str(path))
+        path = self.checkpoints.save(self.model, self.optimizer, Progress(step, step * self.global_batch))
+        self.journal.event("checkpoint", step=step, path=f"{path.parent.name}/{path.name}")
         self.throughput.restart()
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[MicroBatch], world: World) -> float:
-    """Mean loss over all labels of all ranks' batches. Every rank must call it."""
-    total = torch.zeros(2, dtype=torch.float32, device=world.device)
-    for part in batches:
-        loss = model(part.input_ids.to(world.device), labels=part.labels.to(world.device))
-        total += torch.stack((loss.float().sum(), torch.tensor(float(part.num_labels), device=world.device)))
-    loss_sum, num_labels = world.sum(total).tolist()
-    return float(loss_sum / max(1.0, num_labels))
+    """Mean loss over all labels of all ranks' batches; changes nothing. Every rank must call it."""
+    model.eval()
+    losses = [model(part.input_ids.to(world.device), labels=part.labels.to(world.device)) for part in batches]
+    release_gathered(model)
+    model.train()
+    # Summed on the host: fp32 loses count beyond 2^24 labels, and a device may have nothing wider.
+    mine = torch.cat(losses).cpu().double().sum().item()
+    found = world.gather((mine, sum(part.num_labels for part in batches)))
+    return float(sum(loss for loss, _ in found) / max(1, sum(labels for _, labels in found)))

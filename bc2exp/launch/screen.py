@@ -1,0 +1,57 @@
+"""The terminal of a run, which may go away while the run goes on.
+
+A closed window, a lost connection, `| head`: whoever reads what the parent prints can leave at any moment. No
+write may then end a training of days, so the first that fails turns the rest to nowhere.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+class _Screen:
+    """A text stream that drops what nobody reads any more; in all else the stream itself."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._turn_away()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._turn_away()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _turn_away(self) -> None:
+        # The descriptor and not only this object: what the stream still buffers is written at exit.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+@contextmanager
+def lasting_screen() -> Iterator[None]:
+    """Within the block, printing never fails because a terminal or a pipe was closed."""
+    streams = sys.stdout, sys.stderr
+    # A stream that was closed before we started is None, and print() knows that.
+    sys.stdout, sys.stderr = (stream and _Screen(stream) for stream in streams)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = streams

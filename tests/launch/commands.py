@@ -1,0 +1,195 @@
+"""The command as a person types it, in a folder of the test's own, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bc2exp.tracking import journal
+from tests.small_run import small_words
+
+ROOT = Path(__file__).parents[2]
+
+BOUND = 240.0
+"""Seconds after which a wait is a failure; nothing here takes a tenth of it on a quiet machine."""
+
+_ONLY_IN_RANKS = """
+import os, sys
+if "bc2exp.worker" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
+    RANK = int(os.environ.get("RANK", "0"))
+"""
+
+
+def wait_for(condition: Callable[[], Any], what: str) -> Any:
+    """The first true value of `condition`."""
+    deadline = time.monotonic() + BOUND
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"in {BOUND:.0f} s not seen: {what}"
+        time.sleep(0.05)
+    return value
+
+
+def processes(text: str) -> list[int]:
+    """Living processes with `text` in their command line."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if text.encode() in words and int(entry.name) != os.getpid():
+                found.append(int(entry.name))
+    return found
+
+
+@dataclass
+class Command:
+    """One started command; `wait` gives its exit code, `out` and `err` what it printed."""
+
+    launch: Path
+    process: subprocess.Popen
+    files: tuple[Path, Path]
+    started: float = field(default_factory=time.monotonic)
+
+    def wait(self) -> int:
+        try:
+            return self.process.wait(BOUND)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {BOUND:.0f} s\n{self.out}\n{self.err}") from None
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    @property
+    def out(self) -> str:
+        return self.files[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self.files[1].read_text()
+
+    def nothing_left(self) -> None:
+        """No process of the run lives 30 s after its end, follower included."""
+        deadline = time.monotonic() + 30
+        while left := processes(f"{self.launch}/runs"):
+            assert time.monotonic() < deadline, f"still alive: {left}"
+            time.sleep(0.05)
+
+    def kill_all(self) -> None:
+        """kill -9 of the parent and everything that it started."""
+        for pid in [self.process.pid, *processes(f"{self.launch}/runs")]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+        self.nothing_left()
+
+
+class Launch:
+    """A folder in which commands are typed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.aside = folder.with_name(f"{folder.name}-aside")
+        self.aside.mkdir()
+        self._commands: list[Command] = []
+
+    def start(self, *words: str, inject: str = "", **how: Any) -> Command:
+        """Type `python -m bc2exp` with the words of the small training and these.
+
+        `inject` is Python that every rank runs first; it finds its number in RANK, and ASIDE is a folder.
+        `how` goes to subprocess.Popen.
+        """
+        number = len(self._commands)
+        paths = [str(ROOT)]
+        if inject:
+            site = self.aside / f"site-{number}"
+            site.mkdir()
+            code = f"ASIDE = {str(self.aside)!r}\n{inject}"
+            indented = "".join(f"    {line}\n" for line in code.splitlines())
+            (site / "sitecustomize.py").write_text(_ONLY_IN_RANKS + indented)
+            paths.insert(0, str(site))
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "COLUMNS": "200"}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        files = (self.aside / f"out-{number}", self.aside / f"err-{number}")
+        with files[0].open("wb") as out, files[1].open("wb") as err:
+            parts = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "start_new_session": True, **how}
+            process = subprocess.Popen(
+                [sys.executable, "-m", "bc2exp", *small_words(*words)],
+                cwd=self.folder,
+                env=environment,
+                **parts,
+            )
+        command = Command(self.folder, process, files)
+        self._commands.append(command)
+        return command
+
+    def run(self, *words: str, **how: Any) -> Command:
+        """Type it and wait for its end, which is to be `code` (0)."""
+        code = how.pop("code", 0)
+        command = self.start(*words, **how)
+        assert command.wait() == code, f"{command.out}\n{command.err}"
+        return command
+
+    def seen(self, name: str, command: Command) -> None:
+        """Wait until injected code has made the file `name` aside."""
+
+        def there() -> bool:
+            assert command.process.poll() is None, f"ended before {name}\n{command.out}\n{command.err}"
+            return (self.aside / name).exists()
+
+        wait_for(there, name)
+
+    def runs(self) -> list[Path]:
+        """The run folders, oldest first."""
+        return sorted(file.parent for file in self.folder.glob("runs/*/*/run.json"))
+
+    def only_run(self) -> Path:
+        found = self.runs()
+        assert len(found) == 1, found
+        return found[0]
+
+    def close(self) -> None:
+        for command in self._commands:
+            if command.process.poll() is None:
+                command.process.kill()
+        for pid in processes(f"{self.folder}/"):
+            os.kill(pid, signal.SIGKILL)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return list(journal.read(run / "metrics.jsonl"))
+
+
+def events(run: Path, name: str) -> list[dict[str, Any]]:
+    return [record for record in records(run) if record.get("event") == name]
+
+
+def values(run: Path, metric: str, segment: int | None = None) -> dict[int, float]:
+    """{step: value} of one segment, or of all, where a step run again must have the same value."""
+    found: dict[int, float] = {}
+    for record in records(run):
+        if metric in record.get("metrics", {}) and segment in (None, record["segment"]):
+            value = record["metrics"][metric]
+            assert found.setdefault(record["step"], value) == value, f"{metric} at step {record['step']}"
+    return found
+
+
+def weights(run: Path) -> dict[str, bytes]:
+    """The files of the exported weights."""
+    return {file.name: file.read_bytes() for file in (run / "weights").iterdir()}
+
+
+def identity(run: Path) -> str:
+    return json.loads((run / "run.json").read_text())["id"]

@@ -1,0 +1,133 @@
+"""A small model, text of random tokens, and a trainer over both on one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bc2exp.data.batches import MicroBatch, evaluation_batches, training_batches
+from bc2exp.data.tokens import TokenStream
+from bc2exp.hardware import get_backend
+from bc2exp.model import Baichuan2, init_weights
+from bc2exp.parallel.world import World
+from bc2exp.tracking.journal import NullJournal
+from bc2exp.train.checkpoint import Checkpoints
+from bc2exp.train.optimizer import build_optimizer
+from bc2exp.train.throughput import Throughput
+from bc2exp.train.trainer import Trainer
+
+VOCABULARY, LENGTH, GLOBAL_BATCH = 64, 16, 8
+
+ONE_RANK = World(rank=0, size=1, local_rank=0, local_size=1, backend=get_backend("cpu"))
+
+
+class Memory(NullJournal):
+    """A journal that is kept in memory: `steps` is {metric: {step: value}}, `events` a list of dicts."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, dict[int, float]] = {}
+        self.events: list[dict[str, Any]] = []
+
+    def metrics(self, step, values):
+        for name, value in values.items():
+            self.steps.setdefault(name, {})[step] = value
+
+    def event(self, name, /, **fields):
+        self.events.append({"event": name, **fields})
+
+    def series(self, name: str) -> list[float]:
+        return list(self.steps.get(name, {}).values())
+
+
+def make_model(z_loss_weight: float = 0.0, seed: int = 0) -> Baichuan2:
+    model = Baichuan2(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        position="rope",
+        z_loss_weight=z_loss_weight,
+        ops=get_backend("cpu").ops,
+    )
+    init_weights(model, seed=seed, std=0.05)
+    return model
+
+
+def make_stream(num_samples: int = 40, seed: int = 0) -> TokenStream:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCABULARY - 1, (num_samples * LENGTH + 1,), generator=generator)
+    return TokenStream(tokens.to(torch.int32), 1)
+
+
+def make_trainer(
+    folder: Path,
+    model: Baichuan2 | None = None,
+    *,
+    stream: TokenStream | None = None,
+    micro_batch: int = GLOBAL_BATCH,
+    lr: float = 0.1,
+    world: World = ONE_RANK,
+    evaluates: bool = False,
+    **changes: Any,
+) -> Trainer:
+    """A trainer over 4 steps with plain gradient descent, whose every difference is a gradient's."""
+    model = model or make_model()
+    stream = stream or make_stream()
+    share = {"sequence_length": LENGTH, "rank": world.rank, "num_ranks": world.size}
+    held_out = make_stream(5, seed=1)
+    parts: dict[str, Any] = {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=lr),
+        "world": world,
+        "journal": Memory(),
+        # Plain gradient descent keeps no moments, so there is nothing that a checkpoint could hold.
+        "checkpoints": NoCheckpoints(folder),
+        "throughput": Throughput(GLOBAL_BATCH, LENGTH, world.size, 1.0, None),
+        "batches": training_batches(
+            stream, global_batch=GLOBAL_BATCH, micro_batch=micro_batch, seed=0, **share
+        ),
+        "evaluation": evaluation_batches(held_out, micro_batch=2, num_samples=None, **share)
+        if evaluates
+        else [],
+        "lr_at": lambda step: lr,
+        "steps": 4,
+        "global_batch": GLOBAL_BATCH,
+        "clip_norm": None,
+        "log_every": 1,
+        "eval_every": None,
+        "save_every": None,
+        "stop_file": folder / "stop",
+        **changes,
+    }
+    return Trainer(**parts)
+
+
+class NoCheckpoints:
+    """Remembers when it was asked to save."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.saved: list[int] = []
+
+    def save(self, model, optimizer, progress):
+        assert progress.samples == progress.step * GLOBAL_BATCH
+        self.saved.append(progress.step)
+        return self.folder / "checkpoints" / f"step-{progress.step}"
+
+
+def make_checkpoints(folder: Path, keep: int = 9, writes: bool = True) -> tuple[Checkpoints, list[str]]:
+    """Checkpoints in `folder`, and the list of what they tell."""
+    told: list[str] = []
+    return Checkpoints(folder / "checkpoints", keep=keep, writes=writes, tell=told.append), told
+
+
+def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(model, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+
+
+def by_hand(*rows: list[int], labels: list[list[int]]) -> MicroBatch:
+    """A micro batch of given tokens and labels; its samples are numbered from 0."""
+    return MicroBatch(torch.tensor(rows), torch.tensor(labels), list(range(len(rows))))
