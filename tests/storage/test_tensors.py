@@ -111,7 +111,7 @@ def test_a_valid_file_that_is_not_the_one_written(folder, change):
     path = folder / "model.safetensors"
     read = load_file(path)
     if change == "dtype":
-        read["weight"] = read["weight"].to(torch.float16)
+        read["weight"] = read["weight"].view(torch.float16)  # the same bytes
     elif change == "shape":
         read["weight"] = read["weight"].reshape(4, 6)
     else:

@@ -20,17 +20,30 @@ class Pipe:
     def __init__(self):
         read, self._write = os.pipe()
         self.parent = follow.Parent(read)
+        self._thread = None
+
+    def follow_aside(self, folder, connect):
+        """Start a follower in a thread; it ends with this pipe."""
+        arguments = (folder, connect, 1.0, self.parent)
+        self._thread = threading.Thread(target=follow.follow, args=arguments, daemon=True)
+        self._thread.start()
 
     def close_run(self):
         os.write(self._write, b"close\n")
+        if self._thread is not None:
+            self._thread.join(30)
 
     def die(self):
-        os.close(self._write)
+        if self._write >= 0:
+            os.close(self._write)
+            self._write = -1
 
 
 @pytest.fixture
 def pipe():
-    return Pipe()
+    pipe = Pipe()
+    yield pipe
+    pipe.die()
 
 
 def status(folder):
@@ -75,8 +88,7 @@ def test_a_parent_that_dies(new_run, write_steps, memory_tracker, pipe, end, exp
 def test_lines_come_to_the_tracker_while_the_run_goes_on(new_run, write_steps, memory_tracker, pipe):
     folder = new_run()
     tracker = memory_tracker()
-    thread = threading.Thread(target=follow.follow, args=(folder, tracker.connect, 5.0, pipe.parent))
-    thread.start()
+    pipe.follow_aside(folder, tracker.connect)
     wait_for((folder / "tracking.json").exists)
     assert status(folder) == "RUNNING"
     write_steps(folder, 1, 2)
@@ -84,7 +96,6 @@ def test_lines_come_to_the_tracker_while_the_run_goes_on(new_run, write_steps, m
     assert tracker.status == "RUNNING"
     write_steps(folder, 3, 3, end="done")
     pipe.close_run()
-    thread.join()
     assert (tracker.status, len(tracker.held)) == ("FINISHED", 6)
 
 
@@ -105,14 +116,12 @@ def test_a_tracker_that_comes_back_has_lost_nothing(new_run, write_steps, memory
     folder = new_run()
     write_steps(folder, 1, 3)
     tracker = memory_tracker(fail_after=3)
-    thread = threading.Thread(target=follow.follow, args=(folder, tracker.connect, 5.0, pipe.parent))
-    thread.start()
+    pipe.follow_aside(folder, tracker.connect)
     wait_for(lambda: tracker.fail_after < 0)
     write_steps(folder, 4, 5, end="done")
     tracker.fail_after = None
     wait_for(lambda: len(tracker.held) == 10)
     pipe.close_run()
-    thread.join()
     assert tracker.status == "FINISHED"
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1, "said once, not at every try"
@@ -175,11 +184,9 @@ def test_an_abandoned_run_is_closed_by_the_next_start(new_run, write_steps, memo
 
     with lock.hold(living / "owner.lock"), lock.hold(mine / "owner.lock"):
         (running / "owner.lock").touch()
-        thread = threading.Thread(target=follow.follow, args=(mine, connect, 5.0, pipe.parent))
-        thread.start()
+        pipe.follow_aside(mine, connect)
         wait_for(lambda: {"running", "unbegun"} <= set(trackers) and status(unbegun) == "FINISHED")
         pipe.close_run()
-        thread.join()
     assert set(trackers) == {"mine", "running", "unbegun"}
     assert status(running) == "FAILED"
     assert trackers["running"].tagged["resumable"] == "true"

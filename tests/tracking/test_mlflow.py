@@ -18,6 +18,7 @@ import pytest
 from bc2exp.tracking import follow, runs
 from bc2exp.tracking import mlflow as tracker
 from bc2exp.tracking.journal import Journal
+from bc2exp.tracking.replay import Point
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,55 +117,48 @@ def test_two_runs_that_create_the_same_database_at_the_same_time(race, uri):
     assert len(client.search_runs([experiment.experiment_id])) == 2
 
 
-def test_a_follower_that_is_killed_in_the_middle_and_started_again(make, uri, find, write_steps):
+def test_a_run_whose_follower_and_then_whose_parent_are_killed_and_that_is_resumed(
+    make, uri, find, write_steps
+):
     folder = make()
     known = count_points(uri)
     write_steps(folder, 1, 2000)
     process = start(folder)
     wait_for_points(uri, known + 1)
-    process.send_signal(signal.SIGINT)  # a Ctrl-C in the terminal reaches it, and must not end it
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    assert process.returncode == -signal.SIGKILL
     assert json.loads((folder / "tracking.json").read_text())["status"] == "RUNNING"
-    write_steps(folder, 1991, 2010, segment=1, end="done", shift=1e-9)
     (folder / "tracking.json").unlink()  # as if the kill had come between the creation and this file
-    process = start(folder)
-    output, error = process.communicate("close\n")
-    assert (process.returncode, output, error) == (0, "", "")
-    run, history = find(folder)
-    for name in ("train/loss", "perf/step_time_s"):
-        assert sorted(step for step, _ in history[name]) == list(range(1, 2011)), name
-    assert dict(history["train/loss"])[1995] == 5.0 - 1995 / 100, "the first value is the run's"
-    assert run.info.status == "FINISHED"
-    assert run.data.tags["bc2exp.differences"] == "10"
-    assert len((folder / "differences.jsonl").read_text().splitlines()) == 10
-    described = json.loads((folder / "tracking.json").read_text())
-    assert described == {
-        "run_id": run.info.run_id,
-        "experiment_id": run.info.experiment_id,
-        "uri": uri,
-        "status": "FINISHED",
-    }
 
-
-def test_ctrl_c_does_not_end_the_follower_and_a_dead_parent_does(make, find, write_steps):
-    folder = make()
-    write_steps(folder, 1, 3)
     process = start(folder)
     deadline = time.monotonic() + 60
     while not (folder / "tracking.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)  # a Ctrl-C in the terminal reaches it, and must not end it
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(0.3)
-    process.stdin.close()
-    assert process.wait(30) == 0
-    assert process.stderr.read() == ""
+    output, error = process.communicate()  # the end of the pipe, without "close"
+    assert (process.returncode, output, error) == (0, "", "")
     run, history = find(folder)
     assert run.info.status == "FAILED"
-    assert len(history["train/loss"]) == 3
+    assert sorted(step for step, _ in history["train/loss"]) == list(range(1, 2001))
+
+    write_steps(folder, 1991, 2010, segment=1, end="done", shift=1e-9)
+    assert sync(folder) == 0
+    again, history = find(folder)
+    assert (again.info.run_id, again.info.status) == (run.info.run_id, "FINISHED")
+    for name in ("train/loss", "perf/step_time_s"):
+        assert sorted(step for step, _ in history[name]) == list(range(1, 2011)), name
+    assert dict(history["train/loss"])[1995] == 5.0 - 1995 / 100, "the first value is the run's"
+    assert again.data.tags["bc2exp.differences"] == "10"
+    assert len((folder / "differences.jsonl").read_text().splitlines()) == 10
+    assert json.loads((folder / "tracking.json").read_text()) == {
+        "run_id": run.info.run_id,
+        "experiment_id": run.info.experiment_id,
+        "uri": uri,
+        "status": "FINISHED",
+    }
 
 
 def test_what_is_recorded_of_a_run(make, find, write_steps, launch):
@@ -217,6 +211,25 @@ def test_recording_again_changes_nothing(make, find, write_steps):
     assert before.info.end_time == again.info.end_time
     assert len(again.inputs.dataset_inputs) == 1
     assert "bc2exp.differences" not in again.data.tags
+
+
+def test_what_mlflow_holds_is_not_logged_again(make, find):
+    """Whatever the time or the value: MLflow's databases themselves drop only what is the same throughout."""
+    run = runs.load(make())
+    tracker.connect(run, live=True).log([Point("a", 1, 1.5, 10.0), Point("a", 2, 1.5, 11.0)])
+    again = [Point("a", 2, 1.5, 12.0), Point("a", 1, 9.9, 10.0), Point("a", 3, 1.5, 13.0)]
+    tracker.connect(run, live=True).log(again)
+    assert find(run.folder)[1] == {"a": [(1, 1.5), (2, 1.5), (3, 1.5)]}
+
+
+def test_an_experiment_that_somebody_else_creates_meanwhile(make, monkeypatch, uri):
+    """On a server there is no lock to wait for."""
+    client = tracker.MlflowClient(uri)
+    known = client.get_experiment_by_name("pretrain")
+    looks = iter([None, known])
+    monkeypatch.setattr(client, "get_experiment_by_name", lambda _: next(looks))
+    assert tracker._experiment(client, runs.load(make()), None) == known.experiment_id
+    assert next(looks, "both were asked") == "both were asked"
 
 
 def test_a_resume_with_other_settings(make, find, write_steps):
