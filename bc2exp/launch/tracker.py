@@ -53,7 +53,7 @@ class Tracker:
         if code == 0:
             return None
         lines = self._log.read_text(errors="replace").strip().splitlines()
-        return lines[-1] if lines else f"the tracker ended with code {code}"
+        return lines[-1].removeprefix("bc2exp: ") if lines else f"the tracker ended with code {code}"
 
 
 class NoTracker:

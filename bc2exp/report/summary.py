@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any
 
-import yaml
+from omegaconf import DictConfig, OmegaConf
 
 from bc2exp.storage import atomic
 from bc2exp.tracking import journal
@@ -79,7 +79,8 @@ def summarize(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     values that are not finite. Raises OSError where there is no `resolved.yaml`.
     """
     folder = Path(run_folder).resolve()
-    config = yaml.safe_load((folder / "resolved.yaml").read_text("utf-8"))
+    config = OmegaConf.load(folder / "resolved.yaml")
+    assert isinstance(config, DictConfig)
     read = history(folder / "metrics.jsonl")
     outcome = journal.outcome(folder / "metrics.jsonl")
     losses = list(read.series.get("train/loss", {}).values())
@@ -107,7 +108,7 @@ def summarize(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     return finite
 
 
-def throughput(read: History, config: dict[str, Any]) -> dict[str, Any]:
+def throughput(read: History, config: DictConfig) -> dict[str, Any]:
     """The published columns over the steady steps of a run, with the identities between them.
 
     An identity holds if it does on every steady step and on the means, to a relative 1e-6; null where there

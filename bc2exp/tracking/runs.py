@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from omegaconf import OmegaConf
 
 from bc2exp.storage import lock
 from bc2exp.tracking import journal
@@ -110,24 +110,26 @@ def parameters(run: Run) -> dict[str, str]:
     Names and values are cut down to what MLflow takes. Empty where there is no `resolved.yaml`.
     """
     try:
-        text = (run.folder / "resolved.yaml").read_text("utf-8")
+        resolved = OmegaConf.to_container(OmegaConf.load(run.folder / "resolved.yaml"))
     except FileNotFoundError:
         return {}
     flat = {}
-    for name, value in _leaves(yaml.safe_load(text), ""):
+    for name, value in _leaves(resolved, ""):
         plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
         flat[allowed(name)] = plain[:_MAX_VALUE]
     return flat
 
 
 def abandoned(run: Run) -> list[Run]:
-    """Tracked runs under `<launch folder>/runs/*/*`, other than `run`, that were left open.
+    """Tracked runs under the launch folder's `runs/`, other than `run`, that were left open.
 
     Their parent is gone, and their record in the tracker says RUNNING or was never begun. Cheap: one or two
     small files a run.
     """
     found = []
-    for path in sorted((run.launch_folder / "runs").glob("*/*/run.json")):
+    runs = run.launch_folder / "runs"
+    # single runs, and those of a sweep one level deeper; not `**`, which would walk through all checkpoints
+    for path in sorted([*runs.glob("*/*/run.json"), *runs.glob("*/*/*/run.json")]):
         if path.parent == run.folder or not _is_open(path.parent):
             continue
         try:
