@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from bc2exp.config.register import register
 from bc2exp.config.roots import data_root
 
 
-@lru_cache(maxsize=None)
+@cache
 def _composed(*overrides: str) -> DictConfig:
     register()
     prepare_search_path(Path(__file__).parent)
@@ -34,7 +34,7 @@ def composed() -> Callable[..., DictConfig]:
 
 @pytest.fixture
 def checked(composed: Callable[..., DictConfig], tmp_path: Path) -> Callable[..., list[str]]:
-    """What the checks say of groups and values, paths counted from tmp_path: checked("model=x", {"seed": 1})."""
+    """What the checks say of groups and values, with tmp_path as folder: checked("model=x", {"seed": 1})."""
 
     def say(*groups_and_values: str | dict[str, object]) -> list[str]:
         config = composed(*(part for part in groups_and_values if isinstance(part, str)))

@@ -1,7 +1,7 @@
 """Every leaf of the schema, of every task: a wrong type, a misspelt name, a value past each bound is refused.
 
-The leaves are walked, so a new one is covered as soon as it has a schema. One command line holds the same kind
-of mistake in all leaves at once, which proves as well that all are told at once.
+The leaves are walked, so a new one is covered as soon as it has a schema. One command line holds a mistake in
+each leaf, which proves as well that all are told at once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import copy
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -117,7 +117,7 @@ def mutations() -> Iterator[Mutation]:
 MUTATIONS = list(mutations())
 
 
-@lru_cache(maxsize=None)
+@cache
 def problems_of(task: str, line: int, sweep: bool) -> tuple[str, ...]:
     """What one command line with many mistakes is told; under -m the right value comes first."""
     words = [f"task={task}"]
@@ -143,12 +143,24 @@ def test_the_walk_finds_the_schema() -> None:
     assert len(keys) > 60
     assert {"seed", "model.recipes.pretrain.lr", "dataset.split", "task.schedule.kind", "task.run"} <= keys
     kinds = {one.kind for one in MUTATIONS}
-    assert {"misspelt name", "misspelt group", "word", "null", "nan", "inf", "-inf", "minimum", "above"} <= kinds
+    assert {
+        "misspelt name",
+        "misspelt group",
+        "word",
+        "null",
+        "nan",
+        "inf",
+        "-inf",
+        "minimum",
+        "above",
+    } <= kinds
     assert {"maximum", "below", "choice", "empty"} <= kinds
 
 
 @pytest.mark.parametrize("sweep", [False, True], ids=["single", "sweep"])
-@pytest.mark.parametrize(("task", "leaf"), [(task, leaf[0]) for task, found in LEAVES.items() for leaf in found])
+@pytest.mark.parametrize(
+    ("task", "leaf"), [(task, leaf[0]) for task, found in LEAVES.items() for leaf in found]
+)
 def test_a_mutated_leaf_is_refused_by_its_name(task: str, leaf: str, sweep: bool) -> None:
     tried = [one for one in MUTATIONS if (one.task, one.leaf) == (task, leaf)]
     assert {"misspelt name"} < {one.kind for one in tried}, "a leaf without a wrong value"

@@ -11,7 +11,7 @@ LENGTH = 5
 
 
 def _stream(num_tokens: int) -> TokenStream:
-    return TokenStream(torch.arange(num_tokens, dtype=torch.int32), 1)
+    return TokenStream(torch.arange(num_tokens, dtype=torch.int32), torch.tensor([0]))
 
 
 def test_streams_are_cut_by_documents_in_order() -> None:
@@ -87,6 +87,7 @@ def test_evaluation_counts_every_sample_once_and_every_rank_alike(num_ranks: int
 
 
 def test_unigram_entropy() -> None:
-    uniform = TokenStream(torch.arange(64, dtype=torch.int32).repeat(3), 1)
+    start = torch.tensor([0])
+    uniform = TokenStream(torch.arange(64, dtype=torch.int32).repeat(3), start)
     assert uniform.unigram_entropy() == pytest.approx(4.1588831)
-    assert TokenStream(torch.zeros(10, dtype=torch.int32), 1).unigram_entropy() == 0
+    assert TokenStream(torch.zeros(10, dtype=torch.int32), start).unigram_entropy() == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,36 @@ import os, sys
 if "bc2exp.worker" in sys.orig_argv and "torch.distributed.run" not in sys.orig_argv:
     RANK = int(os.environ.get("RANK", "0"))
 """
+
+
+STEPS = ("task.steps=12", "task.save_every=4", "task.eval_every=6", "task.micro_batch=2")
+"""A training of 12 steps with checkpoints after 4 and 8."""
+
+EXACT = ("train/loss", "train/grad_norm", "train/lr", "eval/loss")
+"""What must be the same to the bit however often a training is broken off."""
+
+_AFTER_A_RECORD = """
+import pathlib, time
+from bc2exp.train.trainer import Trainer
+record = Trainer._record
+def held(self, step, values):
+    record(self, step, values)
+    if step == {step} and RANK == {rank}:
+        pathlib.Path(ASIDE, "held-{step}").touch()
+        while not {condition}:
+            time.sleep(0.01)
+Trainer._record = held
+"""
+
+
+def hold(step: int, rank: int = 0) -> str:
+    """To inject: a rank comes to a stand after it has recorded a step; the others wait for it in the next."""
+    return _AFTER_A_RECORD.format(step=step, rank=rank, condition="False")
+
+
+def hold_until_stop(step: int) -> str:
+    """To inject: rank 0 goes on after it has recorded a step only when the stop file is there."""
+    return _AFTER_A_RECORD.format(step=step, rank=0, condition="self.stop_file.exists()")
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
@@ -66,8 +97,13 @@ class Command:
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {BOUND:.0f} s\n{self.out}\n{self.err}") from None
 
-    def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+    def ctrl_c(self) -> None:
+        """What a terminal does: the signal goes to the whole group of the command."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def kill_parent(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     @property
     def out(self) -> str:
@@ -85,12 +121,12 @@ class Command:
             time.sleep(0.05)
 
     def kill_all(self) -> None:
-        """kill -9 of the parent and everything that it started."""
-        for pid in [self.process.pid, *processes(f"{self.launch}/runs")]:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+        """kill -9 of the parent and everything that it started, before any of them can notice the others'."""
+        pids = [self.process.pid, *processes(f"{self.launch}/runs")]
+        for number in (signal.SIGSTOP, signal.SIGKILL):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
         self.process.wait()
         self.nothing_left()
 
@@ -124,7 +160,13 @@ class Launch:
         environment.pop("MLFLOW_TRACKING_URI", None)
         files = (self.aside / f"out-{number}", self.aside / f"err-{number}")
         with files[0].open("wb") as out, files[1].open("wb") as err:
-            parts = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, "start_new_session": True, **how}
+            parts = {
+                "stdin": subprocess.DEVNULL,
+                "stdout": out,
+                "stderr": err,
+                "start_new_session": True,
+                **how,
+            }
             process = subprocess.Popen(
                 [sys.executable, "-m", "bc2exp", *small_words(*words)],
                 cwd=self.folder,
@@ -142,14 +184,22 @@ class Launch:
         assert command.wait() == code, f"{command.out}\n{command.err}"
         return command
 
-    def seen(self, name: str, command: Command) -> None:
-        """Wait until injected code has made the file `name` aside."""
+    def held(self, step: int, command: Command) -> None:
+        """Wait until a rank of the command is held after a step."""
 
         def there() -> bool:
-            assert command.process.poll() is None, f"ended before {name}\n{command.out}\n{command.err}"
-            return (self.aside / name).exists()
+            assert command.process.poll() is None, f"ended before step {step}\n{command.out}\n{command.err}"
+            return (self.aside / f"held-{step}").exists()
 
-        wait_for(there, name)
+        wait_for(there, f"step {step}")
+
+    def rank(self, number: int) -> int:
+        """The process of a rank."""
+        for pid in processes(f"{self.folder}/runs"):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if f"RANK={number}".encode() in variables:
+                return pid
+        raise AssertionError(f"no rank {number}")
 
     def runs(self) -> list[Path]:
         """The run folders, oldest first."""
@@ -189,6 +239,20 @@ def values(run: Path, metric: str, segment: int | None = None) -> dict[int, floa
 def weights(run: Path) -> dict[str, bytes]:
     """The files of the exported weights."""
     return {file.name: file.read_bytes() for file in (run / "weights").iterdir()}
+
+
+def assert_same_training(run: Path, undisturbed: Path) -> None:
+    """Every value of every step, the weights and the last checkpoint are the same bits."""
+    for metric in EXACT:
+        assert values(run, metric) == values(undisturbed, metric)
+    assert list(values(run, "train/loss")) == list(range(1, 13))
+    assert weights(run) == weights(undisturbed)
+    last = "checkpoints/step-00000012"
+    names = [file.name for file in (undisturbed / last).glob("*.safetensors")]
+    assert len(names) == 3
+    assert [
+        name for name in names if (run / last / name).read_bytes() != (undisturbed / last / name).read_bytes()
+    ] == []
 
 
 def identity(run: Path) -> str:

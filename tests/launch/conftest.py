@@ -1,12 +1,10 @@
-"""Folders to type commands in, and one run that nothing disturbed."""
+"""Folders to type commands in."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.launch.commands import Launch
-
-STEPS = ("task.steps=12", "task.save_every=4", "task.eval_every=6", "task.micro_batch=2")
 
 
 @pytest.fixture
@@ -17,25 +15,15 @@ def launch(tmp_path):
     made.close()
 
 
-@pytest.fixture(scope="session")
-def steps():
-    """The words of the training that many tests share: 12 steps, checkpoints after 4 and 8."""
-    return STEPS
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory):
+    """launches(name): such folders, that live as long as the tests of a module."""
+    made = []
 
+    def make(name):
+        made.append(Launch(tmp_path_factory.mktemp(name) / "launch"))
+        return made[-1]
 
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """That training without any disturbance: its run folder."""
-    made = Launch(tmp_path_factory.mktemp("undisturbed") / "launch")
-    made.run(*STEPS)
-    yield made.only_run()
-    made.close()
-
-
-@pytest.fixture(scope="session")
-def undisturbed_pair(tmp_path_factory):
-    """The same on two ranks."""
-    made = Launch(tmp_path_factory.mktemp("undisturbed_pair") / "launch")
-    made.run(*STEPS, "hardware=2cpu")
-    yield made.only_run()
-    made.close()
+    yield make
+    for each in made:
+        each.close()

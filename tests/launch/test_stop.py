@@ -1,0 +1,84 @@
+"""A person or a terminal that leaves: Ctrl-C twice, a closed window, streams that were never there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from bc2exp.launch.stop import stop_requests
+from tests.launch.commands import STEPS, events, hold, values, wait_for
+
+WAIT = """
+import pathlib, time
+from bc2exp.train.trainer import Trainer
+record = Trainer._record
+def waiting(self, step, values):
+    record(self, step, values)
+    if step == 3:
+        pathlib.Path(ASIDE, "held-3").touch()
+        while not pathlib.Path(ASIDE, "go").exists():
+            time.sleep(0.01)
+Trainer._record = waiting
+"""
+
+
+def close_standard_input():
+    os.close(0)
+
+
+@pytest.fixture(scope="module")
+def story(launches):
+    """Side by side: a command whose rank does not answer to Ctrl-C, and gets a second one; and a command
+    without standard input, whose terminal is closed while it trains."""
+    deaf, alone = launches("deaf"), launches("alone")
+    ended = deaf.start(*STEPS, inject=hold(6))
+    window, terminal = os.openpty()
+    streams = {"stdin": None, "stdout": terminal, "stderr": terminal, "preexec_fn": close_standard_input}
+    left = alone.start(*STEPS, inject=WAIT, **streams)
+    os.close(terminal)
+    alone.held(3, left)
+    os.close(window)
+    (alone.aside / "go").touch()
+    deaf.held(6, ended)
+    ended.ctrl_c()
+    wait_for(lambda: "once more (Ctrl-C) ends it at once" in ended.out, "the answer to Ctrl-C")
+    wait_for((deaf.only_run() / "stop").exists, "the stop file")
+    assert ended.process.poll() is None
+    ended.ctrl_c()
+    ended.wait()
+    ended.nothing_left()
+    left.wait()
+    left.nothing_left()
+    return SimpleNamespace(ended=ended, deaf=deaf.only_run(), left=left, alone=alone.only_run())
+
+
+def test_a_second_ctrl_c_ends_at_once(story):
+    assert story.ended.process.returncode == 1
+    assert "ended at once on request" in story.ended.err
+    assert "Traceback" not in story.ended.err
+    (failed,) = events(story.deaf, "failed")
+    assert failed["kind"] == "lost"
+    assert max(values(story.deaf, "train/loss")) == 6
+    assert "goes on from" in story.ended.out
+
+
+def test_a_training_outlives_the_terminal_it_was_started_from(story):
+    assert story.left.process.returncode == 0
+    assert len(values(story.alone, "train/loss")) == 12
+    assert len(events(story.alone, "done")) == 1
+    assert (story.alone / "weights").is_dir()
+    assert (story.alone / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_requests_to_stop_are_counted_and_then_again_what_they_were(number):
+    before = signal.getsignal(number)
+    with stop_requests() as requests:
+        assert requests.count == 0
+        for count in (1, 2):
+            signal.raise_signal(number)
+            assert requests.count == count
+    assert signal.getsignal(number) is before
