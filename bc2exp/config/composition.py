@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
-import yaml
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -90,12 +89,13 @@ def compose_groups(overrides: tuple[str, ...], folder: Path) -> DictConfig:
 
 def _explain(error: Exception, overrides: tuple[str, ...], folder: Path) -> str:
     """One sentence for a failed composition: the file, the key, what would be right."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
+    if (mark := getattr(error, "problem_mark", None)) is not None:  # of PyYAML, through OmegaConf
         return f"{mark.name}, line {mark.line + 1}: is not YAML: {error.problem}"
     if isinstance(error, UnicodeDecodeError):
         return f"{_not_utf8(overrides, folder) or ' '.join(overrides)}: is not UTF-8; save the file as UTF-8"
     text = str(error) or str(error.__cause__)
+    if not overrides:  # not even the default groups compose: there are no keys to compare with
+        return " ".join(text.split())
     named = re.search(r"In '(.+?)'", text)
     file = _file_of(named[1], folder) if named and named[1] != "config" else None
     where = str(file or " ".join(overrides))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bc2exp.config.overrides import Word, parse, quote, quote_text
@@ -52,14 +52,14 @@ def quote_folder(word: Word) -> str:
     return quote(os.path.expanduser(word.value)) if text != word.value else text
 
 
-def refuse_folder(word: Word, folder: Path) -> str | None:
-    """Why a folder cannot be used, in words; relative ones count from `folder`."""
+def refuse_folder(word: Word, folder: Path, config: DictConfig) -> str | None:
+    """Why a folder cannot be used, in words; relative ones count from `folder`, references from `config`."""
     value = parse(f"{word.key}={quote_folder(word)}").value()
     if not isinstance(value, str) or not value.strip():
         return f"{word.text}: must be a folder"
     if "${hydra:" not in value:  # those are known only once Hydra runs
         try:
-            value = str(OmegaConf.create({"folder": value}).folder)
+            value = str(OmegaConf.create({"folder": value}, parent=config).folder)
         except OmegaConfBaseException as error:
             return f"{word.text}: cannot be read ({str(error).splitlines()[0]})"
     path = folder / value

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from bc2exp.config.fields import field_of
@@ -56,8 +55,8 @@ def digest(plain: dict[str, Any]) -> str:
 
 def read(path: Path) -> Config:
     """The typed configuration of a run folder's `resolved.yaml`."""
-    # Not OmegaConf.load: its reading of YAML makes 1000.0 of the text 1e3, which was written bare.
-    plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    # Written by OmegaConf.to_yaml, which quotes what its reader would take for something else (the text 1e3).
+    plain = OmegaConf.load(path)
     schema = OmegaConf.structured(Config)
     schema.task = OmegaConf.structured(TASKS[plain["task"]["name"]])
     config = OmegaConf.to_object(OmegaConf.merge(schema, plain))

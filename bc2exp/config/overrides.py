@@ -24,14 +24,14 @@ from bc2exp.config.fields import describe_bounds, field_of, refusal
 MAX_JOBS = 1000
 """Largest sweep that is taken; every job of it is checked before the first starts."""
 
-_WORD = re.compile(r"^(\+\+|\+|~)?([^=]*?)(?:=(.*))?$", re.DOTALL)
+_WORD = re.compile(r"(\+\+|\+|~)?([^=]*?)(?:=(.*))?", re.DOTALL)
 _STRING = r"""(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
-_QUOTED = re.compile(rf"^{_STRING}$", re.DOTALL)
+_QUOTED = re.compile(_STRING, re.DOTALL)
 # One value of a sweep: a quoted string alone between commas, else text whose `${...}` may hold commas.
-_PART = re.compile(rf"\s*{_STRING}\s*(?=,|$)|(?:\$\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,])*", re.DOTALL)
-_PLAIN = re.compile(r"^[A-Za-z0-9_/.-]+$")
-_CHOICE = re.compile(r"^choice\((.*)\)$", re.DOTALL)
-_CALL = re.compile(r"^(?:range|interval|shuffle|sort|tag|glob)\(.*\)$", re.DOTALL)
+_PART = re.compile(rf"\s*{_STRING}\s*(?=,|\Z)|(?:\$\{{(?:[^{{}}]|\{{[^{{}}]*\}})*\}}|[^,])*", re.DOTALL)
+_PLAIN = re.compile(r"[A-Za-z0-9_/.-]+")
+_CHOICE = re.compile(r"choice\((.*)\)", re.DOTALL)
+_CALL = re.compile(r"(?:range|interval|shuffle|sort|tag|glob)\(.*\)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Reading:
 
 def parse_word(text: str) -> Word:
     """Split `key=value` at its first `=`."""
-    match = _WORD.match(text)
+    match = _WORD.fullmatch(text)
     assert match is not None, text
     prefix, key, value = match.groups()
     return Word(text, prefix or "", key, value)
@@ -71,22 +71,22 @@ def parse_word(text: str) -> Word:
 
 def quote(text: str) -> str:
     """Hydra's single-quoted form: quotes escaped, and backslashes only where they stand before a quote."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def quote_text(value: str) -> str:
     """Text as Hydra must see it: quoted, unless the user did so or wrote null."""
-    return value if _QUOTED.match(value) or value.lower() == "null" else quote(value)
+    return value if _QUOTED.fullmatch(value) or value.lower() == "null" else quote(value)
 
 
 def quote_choice(value: str) -> str:
     """A group's choice as Hydra must see it: quoted where its grammar would stumble (`外卖`)."""
-    return value if _QUOTED.match(value) or _PLAIN.match(value) else quote(value)
+    return value if _QUOTED.fullmatch(value) or _PLAIN.fullmatch(value) else quote(value)
 
 
 def split_sweep(value: str) -> list[str]:
     """The values that commas separate under `-m`: `a,'b,c'` is two, and so is `choice(a,'b,c')`."""
-    call = _CHOICE.match(value)
+    call = _CHOICE.fullmatch(value)
     value = call[1] if call else value
     parts, position = [], 0
     while True:
@@ -118,7 +118,7 @@ def read_word(word: Word, quoting: Callable[[str], str] | None, *, sweep: bool) 
     """
     assert word.value is not None
     head = f"{word.prefix}{word.key}="
-    if quoting is not None and not (sweep and _CALL.match(word.value)):
+    if quoting is not None and not (sweep and _CALL.fullmatch(word.value)):
         parts = split_sweep(word.value) if sweep else [word.value]
         parts = [quoting(part) for part in parts]
         return Reading(word, head + ",".join(parts), tuple(head + part for part in parts))

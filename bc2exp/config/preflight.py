@@ -90,7 +90,7 @@ def preflight(arguments: Sequence[str], *, sweep: bool, folder: Path) -> Preflig
         inspection = _Inspection(sweep, folder)
         jobs = inspection.jobs([parse_word(text) for text in arguments])
     compose_groups.cache_clear()
-    problems = [problem.replace("\n", "\\n") for problem in dict.fromkeys(inspection.problems)]
+    problems = [_one_line(problem) for problem in dict.fromkeys(inspection.problems)]
     if problems:
         return Preflight(problems=problems)
     return Preflight([inspection.texts[text] for text in arguments], jobs)
@@ -115,21 +115,16 @@ class _Inspection:
         """Every job that the sound part of the command line comes to."""
         sound = self._sound(words)
         groups = [reading for word in sound if _is_group(word.key) for reading in self._read_group(word)]
+        bases = self._compose(_each_choice_once(groups), *(reading.word.key for reading in groups))
         trusted = not any(_is_group(key) for key in self.blamed)
-        bases = []
-        for choices in _each_choice_once(groups):
-            try:
-                bases.append(compose_groups(choices, self.folder))
-            except UserError as error:
-                self._blame(str(error), *(reading.word.key for reading in groups))
-                trusted = False
+        bases = bases or self._compose([()])
         if not bases:
-            bases = [compose_groups((), self.folder)]
+            return []
         task_known = not self.blamed & {"task", "experiments"}
         values = []
         for word in sound:
             if is_folder(word.key):
-                self._read_folder(word)
+                self._read_folder(word, bases[0])
             elif not _is_group(word.key) and (task_known or not tasks_with(word.key)):
                 values += self._read_value(word, bases)
         self._require_sweeper(groups, values)
@@ -138,6 +133,16 @@ class _Inspection:
         # A command line that is refused already is checked only as far as its groups are composed already.
         few = itertools.islice(_each_choice_once([*groups, *values]), len(bases))
         return self._compose_jobs(groups, values, few if self.problems else None)
+
+    def _compose(self, selections: Iterable[tuple[str, ...]], *keys: str) -> list[DictConfig]:
+        """What selections of groups come to; for one that is broken, its keys are blamed."""
+        bases = []
+        for choices in selections:
+            try:
+                bases.append(copy.deepcopy(compose_groups(choices, self.folder)))
+            except UserError as error:
+                self._blame(str(error), *keys)
+        return bases
 
     def _blame(self, problem: str, *keys: str) -> None:
         self.problems.append(problem)
@@ -182,15 +187,15 @@ class _Inspection:
         self.texts[word.text] = reading.text
         return [] if word.key in self.blamed else [reading]
 
-    def _read_folder(self, word: Word) -> None:
+    def _read_folder(self, word: Word, config: DictConfig) -> None:
         """A folder that Hydra is told of."""
         self.texts[word.text] = f"{word.key}={quote_folder(word)}"
-        reason = refuse_folder(word, self.folder)
+        reason = refuse_folder(word, self.folder, config)
         if reason:
             self._blame(reason, word.key)
 
     def _read_value(self, word: Word, bases: list[DictConfig]) -> list[Reading]:
-        """The value of a key, tried on each composition; empty where one of them refuses it."""
+        """The value of a key, tried on each composition (and left there); empty where one refuses it."""
         places = [place for base in bases if (place := leaf(base, word.key)) is not None]
         if len(places) < len(bases):
             self._blame(*unknown_key(word, bases))
@@ -206,12 +211,13 @@ class _Inspection:
             hint = "" if isinstance(error, HydraException) else f" ({error})"
             self._blame(f"{word.text}: must be {expectation(*places[0])}{hint}", word.key)
             return []
-        for base in bases:
-            scratch = copy.deepcopy(base)
-            for job in reading.jobs:
-                reason = assign(scratch, word.key, parse(job).value())
-                if reason:
-                    self._blame(f"{word.text if len(reading.jobs) == 1 else job}: {reason}", word.key)
+        if len(reading.jobs) > MAX_JOBS:
+            self._blame(f"{word.text}: more than {MAX_JOBS} jobs; split the sweep", word.key)
+            return []
+        for base, job in itertools.product(bases, reading.jobs):
+            reason = assign(base, word.key, parse(job).value())
+            if reason:
+                self._blame(f"{word.text if len(reading.jobs) == 1 else job}: {reason}", word.key)
         self.texts[word.text] = reading.text
         return [] if word.key in self.blamed else [reading]
 
@@ -251,6 +257,11 @@ class _Inspection:
                 if not consequence and problem not in self.problems:
                     self.problems.append(problem)
         return configs
+
+
+def _one_line(text: str) -> str:
+    """A sentence that prints on one line, whatever was typed."""
+    return text.replace("\n", "\\n").encode("utf-8", "backslashreplace").decode()
 
 
 def _is_group(key: str) -> bool:

@@ -19,9 +19,7 @@ class TrackingConfig:
     """Where MLflow keeps the record. The journal in the run folder is kept in any case."""
 
     enabled: bool = setting("record runs in MLflow", True)
-    uri: str | None = setting(
-        "server or database; null: $MLFLOW_TRACKING_URI, else ./mlflow.db", None
-    )
+    uri: str | None = setting("server or database; null: $MLFLOW_TRACKING_URI, else ./mlflow.db", None)
     experiment: str | None = setting("experiment; null: the task's name", None)
     run_name: str | None = setting("name of the run; null: model-hardware-layout-time", None)
     patience_s: float = setting("seconds to wait for the tracker at the end of a run", 60.0, minimum=0)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from bc2exp.config.checks import leaves
@@ -126,7 +125,7 @@ def test_resolved_yaml_reads_back_typed(task: str, composed: Composed, tmp_path:
     texts = {"tracking__run_name": "1e3", "tracking__experiment": "null ", "model__name": "007"}
     plain = final(config, tmp_path, **texts, tracking__uri="你好,世界: #1", seed=2**63 - 1)
     file = tmp_path / "resolved.yaml"
-    file.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(plain)), encoding="utf-8")
     typed = read(file)
     assert isinstance(typed.model, ModelConfig)
     assert isinstance(typed.task, TASKS[task])
