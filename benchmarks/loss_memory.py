@@ -5,7 +5,8 @@
 
 Plain is F.cross_entropy(hidden @ F.normalize(weight).T, labels, reduction="sum") and its backward.
 Memory: the high-water mark of a fresh process for each path, raw and above what it held once the
-inputs stood. Time: one process that runs all paths in turn, `--rounds` times; the median counts.
+inputs stood. Time: one process that runs all paths in turn, `--rounds` times; the median and the least
+count. On a machine shared with others only the least, or `--threads 1`, says much.
 Prints one JSON object a line.
 """
 
@@ -69,8 +70,8 @@ def measure_memory(path: str, args: argparse.Namespace) -> None:
     print(json.dumps({"path": path, "peak_bytes": after, "peak_above_inputs_bytes": after - before}))
 
 
-def measure_time(paths: list[str], args: argparse.Namespace) -> dict[str, float]:
-    """Median seconds of forward and backward for each path, interleaved; compares values as it goes."""
+def measure_time(paths: list[str], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of forward and backward for each path, interleaved; compares values as it goes."""
     hidden, weight, labels = inputs(args)
     seconds: dict[str, list[float]] = {path: [] for path in paths}
     for turn in range(args.rounds):
@@ -89,7 +90,7 @@ def measure_time(paths: list[str], args: argparse.Namespace) -> dict[str, float]
                 pairs = zip(values, reference, strict=True)
                 errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs]
                 print(json.dumps({"path": path, "relative_error": dict(zip("lhw", errors, strict=True))}))
-    return {path: statistics.median(values) for path, values in seconds.items()}
+    return seconds
 
 
 def main() -> None:
@@ -114,7 +115,10 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", path]
         memory[path] = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     seconds = measure_time(paths, args)
-    records = [{**memory[path], "seconds": seconds[path]} for path in paths]
+    records = [
+        {**memory[path], "seconds": statistics.median(seconds[path]), "least_seconds": min(seconds[path])}
+        for path in paths
+    ]
     for record in records:
         ratios = {
             f"{key}_to_plain": round(value / records[0][key], 4)

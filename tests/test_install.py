@@ -32,8 +32,8 @@ def environment(tmp_path: Path) -> Path:
     """The interpreter of an empty environment that borrows this one's dependencies (but not this package)."""
     run(sys.executable, "-m", "venv", tmp_path / "venv", cwd=tmp_path)
     python = tmp_path / "venv" / "bin" / "python"
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path)
+    (Path(site.strip()) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
 

@@ -24,7 +24,7 @@ class KeyValueCache:
     """Keys and values of up to `max_length` positions of every layer.
 
     Storage is taken at a layer's first update, in the shape, type and device that the layer hands in:
-    the cache need not know how many heads this rank holds.
+    the cache need not know how many heads this rank holds. It is written in place: no gradients.
     """
 
     def __init__(self, max_length: int) -> None:

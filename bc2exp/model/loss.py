@@ -25,13 +25,16 @@ from torch import Tensor
 IGNORED_LABEL = -100
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
 CHUNK_BYTES = 96 * 2**20
-"""Most that the fp32 logits of a chunk take, where the caller names no number of tokens.
+CHUNK_OF_WEIGHT = 3 / 8
+"""What the fp32 logits of a chunk take, where the caller names no number of tokens: as many bytes, or that
+part of a fp32 copy of the weight, whichever is more.
 
-Measured with benchmarks/loss_memory.py: larger chunks read the weight less often and are faster; this is
-the largest with which the whole process stays well under a quarter of the plain path's memory.
+Every chunk reads the weight and its gradient once, so larger chunks are faster. Measured with
+benchmarks/loss_memory.py: at 512 x 125,696 both say 96 MiB, the most that leaves the process well under a
+quarter of the plain path's memory.
 """
 CHUNK_MULTIPLE = 64  # odd numbers of rows leave matrix kernels on their slow edges
-ROW_BLOCK = 8192
+ROW_BLOCK = 4096
 """Rows of the vocabulary handled together where a temporary beside [V, H] is needed."""
 
 
@@ -63,7 +66,7 @@ def norm_head_loss_sum(
     words; all ranks of the group pass the same hidden, labels and real, and return the same loss. The
     gradient of hidden is then THIS RANK'S PARTIAL SUM, to be added up over the group by the caller.
 
-    `chunk_tokens` is C; by default the fp32 logits of a chunk take up to 96 MiB.
+    `chunk_tokens` is C; by default see CHUNK_BYTES.
 
     The graph can be walked back once: a second backward raises RuntimeError. Raises ValueError, naming
     it, for a label outside the vocabulary.
@@ -74,7 +77,8 @@ def norm_head_loss_sum(
     if chunk_tokens is None:
         # From the mean shard, not from this one: every rank has to take part in the same reductions.
         words_here = num_words if group is None else -(-num_words // group.size())
-        chunk_tokens = CHUNK_MULTIPLE * max(1, CHUNK_BYTES // (4 * words_here * CHUNK_MULTIPLE))
+        rows_wanted = max(CHUNK_BYTES / (4 * words_here), CHUNK_OF_WEIGHT * weight.shape[1])
+        chunk_tokens = CHUNK_MULTIPLE * max(1, int(rows_wanted) // CHUNK_MULTIPLE)
     shard = _Shard(vocab_start, weight.shape[0], group)
     job = _Job(rows, labels[rows], z_coefficient, chunk_tokens, shard)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
@@ -170,24 +174,23 @@ def _loss_and_gradients(
     grad_hidden = torch.zeros_like(hidden) if want_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
     num_rows = min(job.chunk_tokens, job.rows.shape[0])
-    # One buffer in the inputs' type for the products, one in fp32 for all else; in fp32, the same one.
+    # One buffer in the inputs' type for the products, one in fp32 for all else; in fp32 the same one, and
+    # copies from one to the other are none. Arithmetic across types would be much slower than a copy.
     products = torch.empty(num_rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     logits = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
     chunks = (part.split(job.chunk_tokens) for part in (job.rows, job.labels))
     for rows, labels in zip(*chunks, strict=True):
         h, n = hidden[rows], rows.shape[0]
         torch.mm(h, weight.T, out=products[:n])
-        torch.mul(products[:n], inverse_norms, out=logits[:n])
+        logits[:n].copy_(products[:n]).mul_(inverse_norms)
         chunk_loss, sums = _loss_and_logit_gradients_(logits[:n], labels, job)
         loss += chunk_loss
         if want_hidden or want_weight:
-            torch.mul(logits[:n], inverse_norms, out=products[:n])
+            products[:n].copy_(logits[:n].mul_(inverse_norms))
         if grad_hidden is not None:
             grad_hidden[rows] = ((products[:n] @ weight) / sums[:, None]).to(hidden.dtype)
         if grad_weight is not None:
-            scaled = (h / sums[:, None]).to(h.dtype)
-            for words in _blocks(weight.shape[0]):
-                grad_weight[words].add_(products[:n, words].T @ scaled)
+            _add_product_(grad_weight, products[:n], (h / sums[:, None]).to(h.dtype))
     if grad_weight is not None:
         _through_normalisation_(grad_weight, weight, inverse_norms)
         grad_weight = grad_weight.to(weight.dtype)
@@ -223,6 +226,15 @@ def _loss_and_logit_gradients_(logits: Tensor, labels: Tensor, job: _Job) -> tup
         slopes = 2 * job.z_coefficient * max_logits * held
         exponentials.scatter_add_(1, columns[:, None], (slopes * sums)[:, None])
     return loss, sums
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left^T right to `total`, fp32 [V, H]; left is [C, V] and right [C, H], of one type."""
+    if left.dtype == total.dtype:
+        total.addmm_(left.T, right)
+        return
+    for words in _blocks(total.shape[0]):
+        total[words].add_((left[:, words].T @ right).float())
 
 
 def _through_normalisation_(gradient: Tensor, weight: Tensor, inverse_norms: Tensor) -> None:

@@ -59,6 +59,13 @@ def hold_until_stop(step: int) -> str:
     return _AFTER_A_RECORD.format(step=step, rank=0, condition="self.stop_file.exists()")
 
 
+def like_a_shell() -> None:
+    """What a shell does before it runs a command: a group of its own, which Ctrl-C reaches. (Tests that run
+    in the background inherit that SIGINT is ignored.)"""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
     """The first true value of `condition`."""
     deadline = time.monotonic() + BOUND
@@ -145,7 +152,7 @@ class Launch:
         """Type `python -m bc2exp` with the words of the small training and these.
 
         `inject` is Python that every rank runs first; it finds its number in RANK, and ASIDE is a folder.
-        `how` goes to subprocess.Popen.
+        `how` goes to subprocess.Popen; a preexec_fn must call `like_a_shell`.
         """
         number = len(self._commands)
         paths = [str(ROOT)]
@@ -164,7 +171,7 @@ class Launch:
                 "stdin": subprocess.DEVNULL,
                 "stdout": out,
                 "stderr": err,
-                "start_new_session": True,
+                "preexec_fn": like_a_shell,
                 **how,
             }
             process = subprocess.Popen(

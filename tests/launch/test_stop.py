@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from bc2exp.launch.stop import stop_requests
-from tests.launch.commands import STEPS, events, hold, values, wait_for
+from tests.launch.commands import STEPS, events, hold, like_a_shell, values, wait_for
 
 WAIT = """
 import pathlib, time
@@ -25,7 +25,8 @@ Trainer._record = waiting
 """
 
 
-def close_standard_input():
+def without_standard_input():
+    like_a_shell()
     os.close(0)
 
 
@@ -36,7 +37,7 @@ def story(launches):
     deaf, alone = launches("deaf"), launches("alone")
     ended = deaf.start(*STEPS, inject=hold(6))
     window, terminal = os.openpty()
-    streams = {"stdin": None, "stdout": terminal, "stderr": terminal, "preexec_fn": close_standard_input}
+    streams = {"stdin": None, "stdout": terminal, "stderr": terminal, "preexec_fn": without_standard_input}
     left = alone.start(*STEPS, inject=WAIT, **streams)
     os.close(terminal)
     alone.held(3, left)
