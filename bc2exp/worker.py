@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 from bc2exp.config.errors import UserError
@@ -96,19 +97,20 @@ def redirect_output(path: Path) -> None:
 
 def report(folder: Path, rank: int, error: BaseException) -> None:
     """Leave the error where the parent looks for it, and in the log."""
-    kind, text = describe(error, folder)
-    print(text, file=sys.stderr)
+    kind, text = describe(error)
+    with suppress(OSError):  # the log may lie on a full disk
+        print(text, file=sys.stderr)
     path = folder / "logs" / f"rank-{rank}.error.json"
     temporary = path.with_suffix(".partial")
     temporary.write_text(json.dumps({"rank": rank, "time": time.time(), "kind": kind, "text": text}))
     temporary.replace(path)
 
 
-def describe(error: BaseException, folder: Path) -> tuple[str, str]:
+def describe(error: BaseException) -> tuple[str, str]:
     """The kind of an error, and what to say of it.
 
-    A sentence for `user` (wrong input, exit code 2), `training` (it cannot go on) and `disk` (full); the
-    traceback for a `crash`.
+    A sentence for `user` (wrong input, exit code 2), `training` (it cannot go on) and `disk` (it is full);
+    the traceback for a `crash`.
     """
     if isinstance(error, UserError):
         return "user", str(error)
@@ -117,7 +119,7 @@ def describe(error: BaseException, folder: Path) -> tuple[str, str]:
     # safetensors has an exception of its own for what the operating system said
     full = isinstance(error, OSError) and error.errno in _DISK_FULL
     if full or os.strerror(errno.ENOSPC) in str(error):
-        return "disk", f"the disk of {folder} is full ({error}); make room, and the same command goes on"
+        return "disk", str(error)
     return "crash", "".join(traceback.format_exception(error))
 
 

@@ -90,7 +90,7 @@ def compose_groups(overrides: tuple[str, ...], folder: Path) -> DictConfig:
 def _explain(error: Exception, overrides: tuple[str, ...], folder: Path) -> str:
     """One sentence for a failed composition: the file, the key, what would be right."""
     if (mark := getattr(error, "problem_mark", None)) is not None:  # of PyYAML, through OmegaConf
-        return f"{mark.name}, line {mark.line + 1}: is not YAML: {error.problem}"
+        return f"{mark.name}, line {mark.line + 1}: is not YAML: {getattr(error, 'problem', error)}"
     if isinstance(error, UnicodeDecodeError):
         return f"{_not_utf8(overrides, folder) or ' '.join(overrides)}: is not UTF-8; save the file as UTF-8"
     text = str(error) or str(error.__cause__)

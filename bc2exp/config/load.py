@@ -57,6 +57,7 @@ def read(path: Path) -> Config:
     """The typed configuration of a run folder's `resolved.yaml`."""
     # Written by OmegaConf.to_yaml, which quotes what its reader would take for something else (the text 1e3).
     plain = OmegaConf.load(path)
+    assert isinstance(plain, DictConfig)
     schema = OmegaConf.structured(Config)
     schema.task = OmegaConf.structured(TASKS[plain["task"]["name"]])
     config = OmegaConf.to_object(OmegaConf.merge(schema, plain))

@@ -102,6 +102,7 @@ def writable(path: Path) -> Iterator[None]:
 
 def _continue_named(plain: dict[str, Any], folder: Path) -> RunFolder:
     """The run that `task.resume` names goes on with this configuration."""
+    _is_finished(folder)  # it may go on in any case, unless its journal is damaged
     before = OmegaConf.load(folder / "resolved.yaml")
     keys = ["task.name", *(f"model.{name}" for name in _SHAPE)]
     for key in keys:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ _FAILED = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*exitcode\s*:\s
 _ENDED_BY_TORCHRUN = re.compile(r"Sending process (\d+) closing signal")
 
 _MOST_LINES = 20
+_LITTLE_ROOM = 2**20
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,20 @@ class Ranks:
         killed = self._killed(code)
         if killed is not None:
             return Failure("lost", killed)
+        kind, text = self._cause(code)
+        if kind == "disk":
+            text = f"the disk of {self._folder} is full ({text}); make room, and the same command goes on"
+        return Failure(kind, text)
+
+    def _cause(self, code: int) -> tuple[str, str]:
         errors = [json.loads(file.read_text()) for file in (self._folder / "logs").glob("rank-*.error.json")]
         if errors:
             first = min(errors, key=lambda error: error["time"])
-            return Failure(first["kind"], first["text"].rstrip())
+            return first["kind"], first["text"].rstrip()
+        if shutil.disk_usage(self._folder).free < _LITTLE_ROOM:
+            return "disk", "there was no room to say more"
         how = f"the ranks ended with code {code} before they could say why"
-        return Failure("crash", f"{how}; the last lines of their logs:\n{self._last_lines()}")
+        return "crash", f"{how}; the last lines of their logs:\n{self._last_lines()}"
 
     def _killed(self, code: int) -> str | None:
         """The sentence for a process that a signal from outside ended."""

@@ -15,8 +15,7 @@ from bc2exp.hardware import count_devices
 from bc2exp.launch.folder import RunFolder, writable
 from bc2exp.launch.ranks import Failure, Ranks
 from bc2exp.launch.record import write_record
-from bc2exp.launch.screen import lasting_screen
-from bc2exp.launch.stop import StopRequests, stop_requests
+from bc2exp.launch.terminal import StopRequests, lasting_screen, stop_requests
 from bc2exp.launch.tracker import NoTracker, Tracker, sync
 from bc2exp.report.summary import summarize
 from bc2exp.tracking.journal import Journal, Tail, last_segment, outcome

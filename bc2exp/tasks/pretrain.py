@@ -13,7 +13,7 @@ from bc2exp.config.root import Config
 from bc2exp.config.task import PretrainConfig
 from bc2exp.data.batches import evaluation_batches, training_batches
 from bc2exp.data.sources import documents
-from bc2exp.data.tokens import TokenStream, build_streams
+from bc2exp.data.tokens import TokenStream, build_streams, require_samples
 from bc2exp.parallel.shard import parallelize
 from bc2exp.parallel.world import World
 from bc2exp.tasks import build
@@ -90,11 +90,7 @@ def read_streams(
     encoded = tokenizer.encode_documents(texts, num_threads=torch.get_num_threads())
     streams = build_streams(encoded, data.split, tokenizer.eos_id if data.append_eos else None)
     train, held_out = streams[0], streams[1]
-    if not train.num_samples(data.sequence_length):
-        raise UserError(
-            f"dataset.sequence_length={data.sequence_length}: the training part of {data.name} has only "
-            f"{len(train.tokens)} tokens, fewer than one sample; shorten the samples or name more text"
-        )
+    require_samples(train, data.sequence_length, f"the training part of {data.name}")
     journal.event(
         "data",
         name=data.name,

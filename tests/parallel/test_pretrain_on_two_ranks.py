@@ -43,6 +43,21 @@ def test_ddp_on_two_ranks_is_one_process(two_ranks, one_rank, tmp_path, micro_ba
     assert [len(series) for series in alone] == [8, 8, 2]
 
 
+def test_bf16_is_near_fp32_and_exports_fp32(one_rank, tmp_path):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        small_config(folder, *STEPS, f"hardware.precision={precision}")
+        found[precision] = do(one_rank, folder)
+        weights = load_hf(folder / "weights").state_dict()
+        assert {weight.dtype for weight in weights.values()} == {torch.float32}
+        # no bf16 number has a bit beyond the upper sixteen
+        assert any((weight.view(torch.int32) & 0xFFFF).any() for weight in weights.values())
+    for mine, theirs in zip(found["bf16"], found["fp32"], strict=True):
+        assert mine == pytest.approx(theirs, rel=2e-2)
+        assert mine != theirs
+
+
 def refused_by_both(world, folder):
     """The run of rank 1 in a folder that lacks the checkpoint of rank 0's."""
     mine = folder / f"rank-{world.rank}"

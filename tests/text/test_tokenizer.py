@@ -37,7 +37,7 @@ def test_the_genuine_tokenizer() -> None:
 def test_a_file_that_is_no_model_is_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "tokenizer.model"
     file.write_bytes(content)
-    with pytest.raises(UserError, match="tokenizer.model") as error:
+    with pytest.raises(UserError, match=r"tokenizer\.model") as error:
         Tokenizer(file)
     assert "\n" not in str(error.value)
 

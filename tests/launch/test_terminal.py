@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bc2exp.launch.stop import stop_requests
+from bc2exp.launch.terminal import stop_requests
 from tests.launch.commands import STEPS, events, hold, like_a_shell, values, wait_for
 
 WAIT = """
