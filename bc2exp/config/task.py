@@ -51,7 +51,7 @@ class PretrainConfig(TaskConfig):
     schedule: ScheduleConfig = setting("learning rate")
     log_every: int = setting("steps between records in the journal", 1, minimum=1)
     eval_every: int | None = setting("steps between evaluations; null: only at the end", minimum=1)
-    eval_samples: int | None = setting("held-out samples an evaluation; null: all", None, minimum=1)
+    eval_samples: int | None = setting("held-out samples an evaluation; null: all", minimum=1)
     save_every: int | None = setting("steps between checkpoints; null: only at the end", minimum=1)
     keep_checkpoints: int = setting("newest checkpoints to keep", 2, minimum=1)
     resume: str = setting(

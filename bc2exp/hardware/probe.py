@@ -31,7 +31,7 @@ def count_devices(backend: str) -> int | None:
 
 
 def rank_environment(backend: str, num_ranks: int) -> dict[str, str]:
-    """Environment variables for each of `num_ranks` ranks of one host; what the person has set comes first."""
+    """Environment variables for each of `num_ranks` ranks of a host; what the person has set comes first."""
     if backend != "cpu":
         return {}
     # OpenMP's idle threads spin by default: with several processes on few cores they keep the busy ones out.
