@@ -167,4 +167,6 @@ def sync_runs(plain: dict[str, Any], launch_folder: Path) -> int:
         print("sync: no run folders below runs/")
         return DONE
     code = sync(folders)
+    if code == DONE:
+        print(f"sync: {len(folders)} run folder{'s' * (len(folders) > 1)} recorded")
     return code if code in (DONE, WRONG) else FAILED
