@@ -1,86 +1,177 @@
-"""Documents from a file, streamed: a column of a parquet or csv, the lines of a txt."""
+"""The rows of a data set: which files it means, and their rows in a fixed order, streamed.
+
+Files are read one after the other in the order of their names, so that the same files give the same rows
+everywhere. The text that ships with the package is a source like any other.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
 
 from bc2exp.config.errors import UserError
+from bc2exp.data import rows as row_kinds
+from bc2exp.data.csv_files import check_csv, read_csv
+from bc2exp.data.line_files import read_jsonl, read_txt
+from bc2exp.data.parquet_files import check_parquet, read_parquet
+from bc2exp.data.rows import MAX_ROW_BYTES, BadRow, Meter, Row
 from bc2exp.embedded import CORPUS, REVIEWS
 
-_BATCH_ROWS = 4096
+SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
 
 
-def documents(source: str, path: str | None, column: str | None) -> Iterator[str]:
-    """The documents of a data set, in file order; empty ones are left out.
+@dataclass(frozen=True)
+class TextSource:
+    """Files and how to read them.
+
+    Attributes:
+        files: in the order in which they are read.
+        column: the column of a parquet or csv, the key of a jsonl, that holds the text; a txt has none.
+        max_row_bytes: longer rows are bad: a record of a csv, a line of a jsonl or txt, a text of a parquet.
+        alternate: one row of each file in turn, and not file after file.
+    """
+
+    files: tuple[Path, ...]
+    column: str | None = None
+    max_row_bytes: int = MAX_ROW_BYTES
+    alternate: bool = False
+
+
+def find_source(
+    source: str, path: str | None, column: str | None, max_row_bytes: int = MAX_ROW_BYTES
+) -> TextSource:
+    """The files that a configuration means.
 
     Args:
         source: `file`, `embedded_corpus` or `embedded_reviews`.
-        path: the file of source `file`.
-        column: the column that holds the text; a txt file has none.
+        path: of source `file`: a file, a folder (all files in it and below whose suffix is known), or a
+            pattern with `*`, `?`, `[…]` and `**` (those of the files it matches).
+        column: the column or key that holds the text.
+        max_row_bytes: longer rows are bad.
 
     Raises:
-        UserError: a file that cannot be read as what its name says, a missing or non-text column.
+        UserError: no such file, no file of a known suffix, no column named where one is needed.
     """
     if source == "embedded_corpus":
-        texts: Iterable[str] = interleave(*(list(read(file, None)) for file in CORPUS))
-    elif source == "embedded_reviews":
-        texts = read(REVIEWS, "review")
-    else:
-        assert path is not None
-        texts = read(Path(path), column)
-    return (text for text in texts if text)
-
-
-def interleave(*groups: list[str]) -> Iterator[str]:
-    """One of each group in turn, so that a split by position holds every group."""
-    for index in range(max(len(group) for group in groups)):
-        yield from (group[index] for group in groups if index < len(group))
-
-
-def read(path: Path, column: str | None) -> Iterator[str]:
-    """The texts of one file by the ending of its name."""
-    readers = {".parquet": _read_parquet, ".csv": _read_csv}
-    try:
-        reader = readers.get(path.suffix.lower())
-        yield from reader(path, column or "") if reader else _read_lines(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"dataset.path={path}: cannot be read: {' '.join(str(error).split())}") from None
-
-
-def _read_parquet(path: Path, column: str) -> Iterator[str]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        _require_text(path, column, file.schema_arrow)
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-
-
-def _read_csv(path: Path, column: str) -> Iterator[str]:
-    # the text column as text, whatever its first rows look like
-    convert = pyarrow.csv.ConvertOptions(column_types={column: pa.string()}, strings_can_be_null=False)
-    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
-    with pyarrow.csv.open_csv(path, convert_options=convert, parse_options=parse) as reader:
-        _require_text(path, column, reader.schema)
-        for batch in reader:
-            yield from (text for text in batch.column(column).to_pylist() if text is not None)
-
-
-def _read_lines(path: Path) -> Iterator[str]:
-    with path.open(encoding="utf-8-sig", newline="\n") as file:
-        for line in file:
-            yield line.rstrip("\r\n")
-
-
-def _require_text(path: Path, column: str, schema: pa.Schema) -> None:
-    if column not in schema.names:
-        raise UserError(f"dataset.column={column}: {path} has no such column; it has {', '.join(schema.names)}")
-    kind = schema.field(column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        text = [field.name for field in schema if pa.types.is_string(field.type)]
+        # alternating, so that a split by position holds both languages
+        return TextSource(CORPUS, None, max_row_bytes, alternate=True)
+    if source == "embedded_reviews":
+        return TextSource((REVIEWS,), "review", max_row_bytes)
+    assert path is not None
+    files = find_files(path)
+    tables = [file for file in files if file.suffix.lower() != ".txt"]
+    if tables and not column:
         raise UserError(
-            f"dataset.column={column}: {path} holds {kind} there, not text; text is in {', '.join(text) or 'none'}"
+            f"dataset.column: is not set; {tables[0]} needs the name of the column or key that holds the text"
         )
+    return TextSource(files, column, max_row_bytes)
+
+
+def find_files(path: str) -> tuple[Path, ...]:
+    """The files that a path, folder or pattern means, sorted. Raises UserError where there is none."""
+    found = Path(path).expanduser()
+    if found.is_dir():
+        files = _walk(found)
+    elif found.exists():
+        files = [found]
+    elif glob.has_magic(path):
+        files = [Path(name) for name in glob.glob(str(found), recursive=True) if os.path.isfile(name)]
+    else:
+        raise UserError(f"dataset.path={path}: there is no such file or folder")
+    known = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
+    if not known:
+        raise UserError(
+            f"dataset.path={path}: {len(files)} files, none of them ends in {', '.join(SUFFIXES)}"
+        )
+    return tuple(known)
+
+
+def check_columns(source: TextSource) -> None:
+    """Look for the column in every parquet and csv, before hours are spent on those before a wrong one.
+
+    Raises:
+        UserError: names the file, the column and the columns there are.
+    """
+    for path in source.files:
+        with _naming(path):
+            if path.suffix.lower() == ".parquet":
+                check_parquet(path, source.column or "")
+            elif path.suffix.lower() == ".csv":
+                check_csv(path, source.column or "", source.max_row_bytes)
+
+
+def read_rows(source: TextSource, meter: Meter | None = None) -> Iterator[Row | BadRow]:
+    """All rows, good and bad, in order and in bounded memory.
+
+    Args:
+        source: what to read.
+        meter: is told how far the reading has come.
+
+    Raises:
+        UserError: a file that is not what its name says, cannot be read, or has no such column.
+    """
+    meter = meter or Meter()
+    readers = [_read(path, source, meter) for path in source.files]
+    if not source.alternate:
+        for reader in readers:
+            yield from reader
+    else:
+        for turn in zip_longest(*readers):
+            yield from (row for row in turn if row is not None)
+
+
+def documents(source: str, path: str | None, column: str | None) -> Iterator[str]:
+    """The texts of a data set, where every row is expected to be good; empty ones and nulls are left out.
+
+    Raises:
+        UserError: as `find_source` and `read_rows`, and at the first bad row.
+    """
+    for row in read_rows(find_source(source, path, column)):
+        if isinstance(row, Row):
+            if row.text:
+                yield row.text
+        elif row.reason != row_kinds.NULL:
+            raise UserError(f"dataset.path={row.file}: row {row.number}: {row.reason}: {row.excerpt[:60]!r}")
+
+
+def _read(path: Path, source: TextSource, meter: Meter) -> Iterator[Row | BadRow]:
+    column, limit = source.column or "", source.max_row_bytes
+    with _naming(path):
+        suffix = path.suffix.lower()
+        if suffix == ".parquet":
+            yield from read_parquet(path, column, limit, meter)
+        elif suffix == ".csv":
+            yield from read_csv(path, column, limit, meter)
+        elif suffix == ".jsonl":
+            yield from read_jsonl(path, column, limit, meter)
+        else:
+            yield from read_txt(path, limit, meter)
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Files in a folder and below; hidden ones are what tools leave behind, not data."""
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=_refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
+    return files
+
+
+def _refuse(error: OSError) -> None:
+    raise UserError(f"dataset.path={error.filename}: cannot be read: {error.strerror}") from None
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Turns what a reader raises about a file into a UserError that names the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"dataset.path={path}: cannot be read: {' '.join(str(error).split())}") from None

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import AnyStr
 
 import sentencepiece
 
@@ -39,8 +40,8 @@ class Tokenizer:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"model.tokenizer={path}: is not a SentencePiece model ({_first_line(error)}); Baichuan2's own is "
-                "the file tokenizer.model of its published model folder"
+                f"model.tokenizer={path}: is not a SentencePiece model ({_first_line(error)}); "
+                "Baichuan2's own is the file tokenizer.model of its published model folder"
             ) from None
         self.digest = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
@@ -54,8 +55,8 @@ class Tokenizer:
         """The text of ids: `decode(encode(text)) == text`."""
         return str(self._processor.decode(list(ids)))
 
-    def encode_documents(self, documents: Iterable[str], *, num_threads: int = 1) -> Iterator[array[int]]:
-        """The ids (int32) of each document, in order, in bounded memory."""
+    def encode_documents(self, documents: Iterable[AnyStr], *, num_threads: int = 1) -> Iterator[array[int]]:
+        """The ids (int32) of each document (str, or bytes of UTF-8), in order, in bounded memory."""
         stream = iter(documents)
         while batch := list(islice(stream, _BATCH_DOCUMENTS)):
             for ids in self._processor.encode(batch, num_threads=num_threads):

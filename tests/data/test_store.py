@@ -10,6 +10,7 @@ import torch
 from bc2exp.config.errors import UserError
 from bc2exp.data.store import TokenStore
 from bc2exp.data.store_writer import StoreWriter
+from tests.data.kills import dies_at
 from tests.data.stores import write_by_hand
 
 DOCUMENTS = [[5, 6, 7], [8], [9, 10], [0, 125_695, 3, 4]]
@@ -95,6 +96,25 @@ def test_a_store_of_the_same_name_is_replaced(tmp_path: Path) -> None:
     _write(tmp_path / "a", [[1, 2]])
     assert TokenStore(tmp_path / "a").tokens.tolist() == [1, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_a_kill_at_any_step_leaves_the_old_store_the_new_one_or_none(tmp_path: Path) -> None:
+    steps, died, seen = 0, True, set()
+    while died:
+        prefix = tmp_path / str(steps) / "a"
+        prefix.parent.mkdir()
+        # as many tokens and documents: a mixture would not be noticed by its size
+        _write(prefix, [[1, 1], [1]])
+        died = dies_at(steps, lambda prefix=prefix: _write(prefix, [[2], [2, 2]]))
+        if not prefix.with_name("a.idx").exists():
+            seen.add("none")
+        else:
+            stream = TokenStore(prefix).streams([1])[0]
+            found = (stream.tokens.tolist(), stream.segments(0, 2).tolist())
+            assert found in (([1, 1, 1], [1, 1, 2]), ([2, 2, 2], [1, 2, 2]))
+            seen.add("old" if found[0][0] == 1 else "new")
+        steps += 1
+    assert seen == {"old", "none", "new"}
 
 
 def _cut(kind: str, size: int) -> Callable[[Path], None]:

@@ -102,7 +102,8 @@ def test_digests_tell_streams_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     sampled[17] += 1
     skipped[9] += 1
     assert stream(sampled).digest() != stream(large).digest() == stream(skipped).digest()
-    assert stream(torch.cat([large, large[:1]])).digest() != stream(large).digest()
+    # of 8 blocks as well, and the same ones of them
+    assert stream(large[:63]).digest() != stream(large).digest()
 
 
 def test_entropy_by_chunks_is_the_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
