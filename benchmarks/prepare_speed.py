@@ -50,6 +50,7 @@ def run_ours(args: argparse.Namespace) -> None:
     from bc2exp.data.building import Progress
     from bc2exp.data.prepare import prepare
     from bc2exp.data.sources import find_source
+    from bc2exp.text.tokenizer import Tokenizer
 
     written: list[tuple[float, int]] = []
     workers: dict[str, int] = {}
@@ -65,7 +66,7 @@ def run_ours(args: argparse.Namespace) -> None:
         begin, cpu = time.perf_counter(), cpu_seconds()
         source = find_source("file", args.source, args.column)
         options = {"name": "speed", "workers": args.workers, "progress": tell}
-        report = prepare(source, Path(args.tokenizer), Path(cache), **options).report
+        report = prepare(source, Tokenizer(Path(args.tokenizer)), Path(cache), **options).report
         seconds, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
     # the last call tells the end of the files, after the last batch of tokens
     last = next(index for index, entry in enumerate(written) if entry[1] == report["tokens"])

@@ -14,6 +14,7 @@ from bc2exp.data.quarantine import Quarantine
 from bc2exp.data.rows import Meter, Row
 from bc2exp.data.sources import TextSource, read_rows
 from bc2exp.data.store_writer import StoreWriter
+from bc2exp.text.tokenizer import Tokenizer
 
 # A tenth of a second of one process: short beside a store, long beside a message.
 _BATCH_BYTES = 2**18
@@ -47,7 +48,7 @@ def ignore_progress(progress: Progress) -> None:
 
 def build_store(
     source: TextSource,
-    tokenizer: Path,
+    tokenizer: Tokenizer,
     prefix: Path,
     *,
     append_eos: bool,
@@ -80,13 +81,12 @@ def build_store(
     reading = _Reading(source, quarantine, bytes_total)
     workers = max(1, min(workers, math.ceil(bytes_total / _BATCH_BYTES)))
     lengths: Counter[int] = Counter()
-    longest, max_token = 0, -1
+    longest = 0
     with StoreWriter(prefix) as writer, Encoder(tokenizer, append_eos=append_eos, workers=workers) as encoder:
         for batch, encoded in encoder.encode(reading.batches()):
             writer.add(encoded.lengths, encoded.tokens)
             lengths.update(map(int.bit_length, encoded.lengths))
             longest = max(longest, *encoded.lengths, 0)
-            max_token = max(max_token, encoded.max_token)
             progress(Progress("encode", batch.rows, writer.num_tokens, batch.bytes_done, bytes_total))
         quarantine.check(reading.num_rows)
         digest = writer.finish()
@@ -99,7 +99,7 @@ def build_store(
         "bad": dict(sorted(quarantine.counts.items())),
         "lengths": {_bucket(bits): count for bits, count in sorted(lengths.items())},
         "longest": longest,
-        "max_token": max_token,
+        "max_token": writer.max_token,
         "text_bytes": reading.text_bytes,
         "sha256": digest,
         "seconds": round(seconds, 3),

@@ -5,11 +5,13 @@ load SentencePiece and nothing else, do not run the caller's main module again, 
 threads, and end by themselves when the pipe to the caller closes, kill -9 included.
 
 On the pipes, in both directions: two uint64, a and b; a int32 lengths; b bytes. To the process: texts and
-their UTF-8. Back: documents that have tokens, and the int32 tokens, the largest of them once more at the end.
+their UTF-8. Back: documents that have tokens, and the int32 tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import signal
 import struct
@@ -28,6 +30,7 @@ from bc2exp.text.tokenizer import Tokenizer
 
 _SIZES = struct.Struct("<QQ")
 _QUEUED = 3
+_PIPE_BYTES = 2**20
 
 
 class Batch(NamedTuple):
@@ -50,12 +53,10 @@ class Encoded(NamedTuple):
     Attributes:
         lengths: int32, tokens of each document; texts without a token are left out.
         tokens: int32, one document after the other.
-        max_token: the largest of them; -1 without any.
     """
 
     lengths: array[int]
     tokens: array[int]
-    max_token: int
 
 
 class Encoder:
@@ -64,10 +65,10 @@ class Encoder:
     Use in a `with`, which ends the processes.
     """
 
-    def __init__(self, tokenizer: Path, *, append_eos: bool, workers: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, append_eos: bool, workers: int) -> None:
         self._append_eos = append_eos
-        self._local = Tokenizer(tokenizer) if workers <= 1 else None
-        self._processes = [] if self._local else [_start(tokenizer, append_eos) for _ in range(workers)]
+        self._local = tokenizer if workers <= 1 else None
+        self._processes = [] if self._local else [_start(tokenizer.path, append_eos) for _ in range(workers)]
         self._idle: SimpleQueue[subprocess.Popen[bytes]] = SimpleQueue()
         for process in self._processes:
             self._idle.put(process)
@@ -119,9 +120,7 @@ class Encoder:
             ) from None
         finally:
             self._idle.put(process)
-        tokens = array("i", content)
-        max_token = tokens.pop()
-        return Encoded(lengths, tokens, max_token)
+        return Encoded(lengths, array("i", content))
 
 
 def encode_texts(tokenizer: Tokenizer, texts: list[bytes], append_eos: bool) -> Encoded:
@@ -134,8 +133,7 @@ def encode_texts(tokenizer: Tokenizer, texts: list[bytes], append_eos: bool) -> 
             ids.append(tokenizer.eos_id)
         lengths.append(len(ids))
         tokens.extend(ids)
-    # the builtin: torch would start threads, which the processes here have no core to spare for
-    return Encoded(lengths, tokens, max(tokens, default=-1))
+    return Encoded(lengths, tokens)
 
 
 def serve(tokenizer: Path, append_eos: bool, requests: IO[bytes], answers: IO[bytes]) -> None:
@@ -151,19 +149,25 @@ def serve(tokenizer: Path, append_eos: bool, requests: IO[bytes], answers: IO[by
             texts.append(content[start : start + length])
             start += length
         encoded = encode_texts(encoder, texts, append_eos)
-        encoded.tokens.append(encoded.max_token)
         _send(answers, encoded.lengths, encoded.tokens.tobytes())
 
 
 def _start(tokenizer: Path, append_eos: bool) -> subprocess.Popen[bytes]:
     package = str(Path(__file__).resolve().parents[2])
     paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "bc2exp.data.encoding", str(tokenizer), "eos" if append_eos else ""],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
     )
+    if hasattr(fcntl, "F_SETPIPE_SZ"):
+        # a whole answer fits, so that nobody waits for the other to read it
+        for pipe in (process.stdin, process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(OSError):
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    return process
 
 
 def _send(stream: IO[bytes], lengths: array[int], content: bytes) -> None:

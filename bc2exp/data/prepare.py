@@ -67,7 +67,7 @@ class Prepared(NamedTuple):
 
 def prepare(
     source: TextSource,
-    tokenizer: Path,
+    tokenizer: Tokenizer,
     cache: Path,
     *,
     name: str,
@@ -94,7 +94,7 @@ def prepare(
         TooManyBadRows: beyond the limits. No store is left, and `<folder>.quarantine.jsonl` lists them.
     """
     limits = limits or Limits()
-    options = _options(source, Tokenizer(tokenizer), append_eos)
+    options = _options(source, tokenizer, append_eos)
     check_columns(source)
     stamps = [stamp(path) for path in source.files]
     bytes_total = sum(stamp.size for stamp in stamps)
@@ -112,7 +112,7 @@ def prepare(
         digests = fingerprints(source.files, cache, _told(progress, bytes_total))
         key = _key(options, source.files, digests)
         folder = cache / f"{_safe(name)}-{key[:12]}"
-        about = {"key": key, **options, "tokenizer": printable(tokenizer.absolute())}
+        about = {"key": key, **options, "tokenizer": printable(tokenizer.path.absolute())}
         about["sources"] = [
             {"path": printable(path.absolute()), "bytes": before.size, "sha256": digest}
             for path, before, digest in zip(source.files, stamps, digests, strict=True)

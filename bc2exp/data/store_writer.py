@@ -9,10 +9,15 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
+
 from bc2exp.data.store import HEADER, INT32, MAGIC, VERSION
 from bc2exp.storage import atomic
 
 _CHUNK = 2**16
+# Of more than 2^15 numbers torch finds the largest with all its threads, and these are not free: the encoding
+# processes have the cores.
+_ONE_THREAD = 2**14
 
 
 class StoreWriter:
@@ -24,10 +29,12 @@ class StoreWriter:
     Attributes:
         num_documents: documents so far.
         num_tokens: tokens so far.
+        max_token: the largest of them, -1 without any.
     """
 
     def __init__(self, prefix: str | os.PathLike[str]) -> None:
         self.num_documents = self.num_tokens = 0
+        self.max_token = -1
         prefix = Path(prefix)
         self._final = {kind: prefix.with_name(f"{prefix.name}.{kind}") for kind in ("bin", "idx")}
         self._aside = {
@@ -53,6 +60,9 @@ class StoreWriter:
         self._idx.write(lengths)
         self.num_documents += len(lengths)
         self.num_tokens += len(tokens)
+        if tokens:
+            parts = torch.frombuffer(tokens, dtype=torch.int32).split(_ONE_THREAD)
+            self.max_token = max(self.max_token, *(int(part.max()) for part in parts))
 
     def finish(self) -> str:
         """Bring the store to the disk under its name; the sha256 of its `.bin`, hexadecimal.

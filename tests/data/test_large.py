@@ -32,6 +32,7 @@ PREPARE = """
 from bc2exp.data.prepare import prepare
 from bc2exp.data.sources import find_source
 from bc2exp.embedded import TOKENIZER
+from bc2exp.text.tokenizer import Tokenizer
 workers = {}
 
 def tell(progress):
@@ -40,7 +41,8 @@ def tell(progress):
             workers[pid] = peak(pid)
 
 source = find_source("file", sys.argv[1], None)
-report = prepare(source, TOKENIZER, Path(sys.argv[2]), name="lines", workers=2, progress=tell).report
+cache, options = Path(sys.argv[2]), {"name": "lines", "workers": 2, "progress": tell}
+report = prepare(source, Tokenizer(TOKENIZER), cache, **options).report
 keys = ("documents", "tokens", "empty", "bad", "seconds", "mb_per_s")
 print(json.dumps({"peak": peak(), "workers": list(workers.values()), **{key: report[key] for key in keys}}))
 """
@@ -116,7 +118,8 @@ def test_a_store_of_1e9_tokens_is_opened_without_reading_it(tmp_path: Path) -> N
 def test_a_row_as_long_as_is_allowed_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text("some words of prose, " * 700_000 + "\nshort\n")  # 14.7 MB
-    prepared = prepare(find_source("file", str(path), None), TOKENIZER, tmp_path, name="long", workers=2)
+    tokenizer = Tokenizer(TOKENIZER)
+    prepared = prepare(find_source("file", str(path), None), tokenizer, tmp_path, name="long", workers=2)
     assert prepared.report["documents"] == 2
-    expected = Tokenizer(TOKENIZER).encode("short")
+    expected = tokenizer.encode("short")
     assert TokenStore(prepared.prefix).tokens[-len(expected) :].tolist() == expected

@@ -44,7 +44,7 @@ def _source(folder: Path, texts: list[str] = TEXTS) -> TextSource:
 
 
 def _prepare(source: TextSource, cache: Path, **options: Any) -> Prepared:
-    return prepare(source, TOKENIZER, cache, name="text", **options)
+    return prepare(source, Tokenizer(TOKENIZER), cache, name="text", **options)
 
 
 def _content(prepared: Prepared) -> dict[str, bytes]:
@@ -98,7 +98,6 @@ def test_a_text_without_a_token_is_no_document() -> None:
     # other tokenizers drop spaces; a text that they leave nothing of is like an empty one here
     encoded = encode_texts(Tokenizer(TOKENIZER), [b"", b"a", b""], append_eos=True)
     assert (encoded.lengths.tolist(), len(encoded.tokens)) == ([2], 2)
-    assert encoded.max_token == max(encoded.tokens)
 
 
 @pytest.mark.parametrize("append_eos", [False, True])
@@ -170,7 +169,7 @@ def test_the_embedded_corpus_is_a_source_like_any_other(tmp_path: Path) -> None:
 def test_real_alpaca(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # batches as they are
     source = find_source("file", str(shared_data("train-00000-of-00001-a09b74b3ef9c3b56.parquet")), "text")
-    tokenizer = shared_data("tokenizer/baichuan2_tokenizer.model")
+    tokenizer = Tokenizer(shared_data("tokenizer/baichuan2_tokenizer.model"))
     prepared = prepare(source, tokenizer, tmp_path, name="alpaca", workers=2)
     report = prepared.report
     assert (report["documents"], report["tokens"], report["longest"]) == (52_002, 5_883_807, 1_192)
@@ -224,7 +223,7 @@ def test_what_decides_the_tokens_decides_the_store(tmp_path: Path) -> None:
         _prepare(TextSource(source.files, "text", max_row_bytes=10_000), cache),
         _prepare(TextSource((as_lines,), "text"), cache),
         _prepare(TextSource((moved, *source.files), "text"), cache),
-        prepare(source, tokenizer, cache, name="text"),
+        prepare(source, Tokenizer(tokenizer), cache, name="text"),
     ]
     assert same[0].prefix == same[1].prefix
     assert len({result.prefix for result in (same[0], *other)}) == 6
@@ -369,6 +368,7 @@ import torch
 from bc2exp.data import building
 from bc2exp.data.prepare import prepare
 from bc2exp.data.sources import find_source
+from bc2exp.text.tokenizer import Tokenizer
 torch.randn(500, 500) @ torch.randn(500, 500)  # its threads live
 building._BATCH_BYTES = 3000
 seen = []
@@ -379,7 +379,7 @@ def tell(progress):
         print(children, flush=True)
         {at_first_batch}
 source = find_source("file", {str(source.files[0])!r}, "text")
-tokenizer, cache = Path({str(TOKENIZER)!r}), Path({str(cache)!r})
+tokenizer, cache = Tokenizer(Path({str(TOKENIZER)!r})), Path({str(cache)!r})
 prepared = prepare(source, tokenizer, cache, name="text", workers=2, progress=tell)
 print(prepared.reused, flush=True)
 """

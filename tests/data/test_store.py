@@ -84,6 +84,14 @@ def test_documents_of_several_sequences_and_empty_ones(tmp_path: Path) -> None:
     assert [part.num_samples(2) for part in parts] == [1, 0, 1, 0]
 
 
+def test_the_writer_knows_the_largest_token(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "a") as writer:
+        assert writer.max_token == -1
+        for tokens, largest in (([5, 9], 9), ([], 9), ([7], 9), ([0] * 20_000 + [11] + [0] * 30_000, 11)):
+            writer.add(array("i", [len(tokens)] if tokens else []), array("i", tokens))
+            assert writer.max_token == largest
+
+
 def test_an_unfinished_store_leaves_nothing(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "a") as writer:
         writer.add(array("i", [2]), array("i", [1, 2]))
