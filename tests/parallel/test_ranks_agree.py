@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bc2exp.parallel.shard import parallelize, whole
+from bc2exp.parallel.shard import parallelize
 from bc2exp.train import TrainingError
 from bc2exp.train.checkpoint import Progress
 from tests.train.parts import (
@@ -17,11 +17,8 @@ from tests.train.parts import (
     make_model,
     make_stream,
     make_trainer,
+    weights_of,
 )
-
-
-def weights_of(model):
-    return torch.cat([whole(parameter.detach()).flatten() for parameter in model.parameters()])
 
 
 def laid_out(world, precision="fp32", z_loss_weight=0.0):

@@ -1,14 +1,5 @@
-"""On one thread: these tensors are too small to share, and other processes want the cores."""
+"""On one thread."""
 
-from __future__ import annotations
+from tests.one_thread import one_thread
 
-import pytest
-import torch
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+__all__ = ["one_thread"]

@@ -11,6 +11,7 @@ from bc2exp.data.batches import MicroBatch, evaluation_batches, training_batches
 from bc2exp.data.tokens import TokenStream
 from bc2exp.hardware import get_backend
 from bc2exp.model import Baichuan2, init_weights
+from bc2exp.parallel.shard import whole
 from bc2exp.parallel.world import World
 from bc2exp.tracking.journal import NullJournal
 from bc2exp.train.checkpoint import Checkpoints
@@ -131,3 +132,8 @@ def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
 def by_hand(*rows: list[int], labels: list[list[int]]) -> MicroBatch:
     """A micro batch of given tokens and labels; its samples are numbered from 0."""
     return MicroBatch(torch.tensor(rows), torch.tensor(labels), list(range(len(rows))))
+
+
+def weights_of(model):
+    """All parameters of a model, whole, as one vector."""
+    return torch.cat([whole(parameter.detach()).flatten() for parameter in model.parameters()])

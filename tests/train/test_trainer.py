@@ -21,11 +21,8 @@ from tests.train.parts import (
     make_model,
     make_stream,
     make_trainer,
+    weights_of,
 )
-
-
-def weights_of(model):
-    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
 def trained(trainer):

@@ -1,0 +1,15 @@
+"""A fixture for folders of tests whose tensors are too small to share among cores that others want."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Run each test on one thread; a conftest imports this to have it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
