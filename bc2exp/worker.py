@@ -43,7 +43,7 @@ def main() -> None:
 def run_rank(folder: Path, rank: int) -> None:
     """Set up the device, meet the other ranks, do the task, record its outcome."""
     from bc2exp.config.load import read
-    from bc2exp.hardware import get_backend
+    from bc2exp.hardware import HOST, get_backend
     from bc2exp.parallel.world import World
     from bc2exp.tasks import get_task
     from bc2exp.tracking.journal import Journal, NullJournal, last_segment
@@ -54,7 +54,7 @@ def run_rank(folder: Path, rank: int) -> None:
         size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        backend=get_backend(config.hardware.backend.value),
+        backend=get_backend(config.hardware.backend.value if config.task.on_devices else HOST),
     )
     path = folder / "metrics.jsonl"
     journal = Journal(path, last_segment(path) + 1) if rank == 0 else NullJournal()

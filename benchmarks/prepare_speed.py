@@ -87,10 +87,12 @@ def run_raw(args: argparse.Namespace) -> None:
     """Encode once with nothing but SentencePiece, and print what it took."""
     import sentencepiece
 
-    from bc2exp.data.sources import documents
+    from bc2exp.data.rows import Row
+    from bc2exp.data.sources import find_source, read_rows
 
     begin, cpu = time.perf_counter(), cpu_seconds()
-    texts = list(documents("file", args.source, args.column))
+    rows = read_rows(find_source("file", args.source, args.column))
+    texts = [row.text for row in rows if isinstance(row, Row) and row.text]
     processor = sentencepiece.SentencePieceProcessor(model_file=args.tokenizer)
     middle = time.perf_counter()
     tokens = sum(map(len, processor.encode(texts, num_threads=args.workers)))

@@ -23,9 +23,12 @@ SMALL = (
 
 
 def small_words(*words: str) -> list[str]:
-    """The command line of the small training with `words`; what they set again is left out before them."""
-    keys = {word.partition("=")[0] for word in words}
-    return [*(word for word in SMALL if word.partition("=")[0] not in keys), *words]
+    """The command line of the small training with `words`; what they set again is left out before them, and
+    with another task the keys of the training."""
+    keys = tuple(word.partition("=")[0] for word in words)
+    others = "task." if "task" in keys and "task=pretrain" not in words else "\0"
+    kept = (word for word in SMALL if word.partition("=")[0] not in keys and not word.startswith(others))
+    return [*kept, *words]
 
 
 def small_plain(folder: Path, *words: str) -> dict:

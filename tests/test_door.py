@@ -100,7 +100,11 @@ WRONG: list[tuple[str, list[str], list[str]]] = [
     ),
     ("heads", ["model.num_heads=7"], ["model.num_heads=7: does not divide model.hidden_size=256; 8 would"]),
     ("batch", ["hardware=2cpu", "task.global_batch=7"], ["task.global_batch=7", "8 would be"]),
-    ("file", [TEXT, "dataset.path=./数据/外买.csv"], ["./数据/外买.csv: no such file; nearest", "外卖.csv"]),
+    (
+        "file",
+        [TEXT, "dataset.path=./数据/外买.csv"],
+        ["./数据/外买.csv: no such file or folder; nearest", "外卖.csv"],
+    ),
     ("no file", [TEXT], ["dataset.path: no value"]),
     ("twice", ["task.steps=1", "task.steps=2"], ["task.steps: given twice, as 1 and as 2; keep one"]),
     ("another task", ["task=sync", "task.steps=3"], ["task=sync has no such key; task=pretrain has"]),

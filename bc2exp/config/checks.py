@@ -5,7 +5,6 @@ Every check yields sentences; none raises, so that all mistakes are told at once
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator
@@ -15,13 +14,14 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bc2exp.config.errors import UserError
 from bc2exp.config.fields import field_of, refusal
 from bc2exp.config.register import TASKS
 from bc2exp.config.root import GROUPS
-from bc2exp.config.roots import absolute
+from bc2exp.config.roots import absolute, nearest
+from bc2exp.config.text_files import find_store, find_text_files, needs_column
 
 TRACKER_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "mssql", "databricks")
-TEXT_SUFFIXES = (".parquet", ".csv", ".txt")
 
 
 def check(config: DictConfig, folder: Path) -> list[str]:
@@ -162,7 +162,7 @@ def layout(values: dict[str, Any], folder: Path) -> list[str]:
 
 
 def data_files(values: dict[str, Any], folder: Path) -> list[str]:
-    """The data file is named, is there, and is of a kind that can be read."""
+    """The data are named, are there, and are of a kind that can be read."""
     dataset = values["dataset"]
     path, problems = dataset["path"], []
     if len(dataset["split"]) != 3 or not dataset["split"][0]:
@@ -178,18 +178,27 @@ def data_files(values: dict[str, Any], folder: Path) -> list[str]:
                 )
         return problems
     if path is None:
-        return [*problems, "dataset.path: no value; name a .parquet, .csv or .txt file (dataset.path=FILE)"]
-    file = absolute(path, folder)
-    if not os.path.exists(file):
-        problems.append(f"dataset.path={path}: no such file{_like(file)}")
-    elif not os.path.isfile(file):
-        problems.append(f"dataset.path={path}: is a folder; name one file in it")
-    elif file.suffix.lower() not in TEXT_SUFFIXES:
-        problems.append(f"dataset.path={path}: cannot be read; {', '.join(TEXT_SUFFIXES)} can")
-    elif not os.access(file, os.R_OK):
-        problems.append(f"dataset.path={path}: may not be read (permissions)")
-    elif file.suffix.lower() != ".txt" and dataset["column"] is None:
-        problems.append("dataset.column: no value; name the column that holds the text (dataset.column=text)")
+        return [
+            *problems,
+            "dataset.path: no value; name a .parquet, .csv, .jsonl or .txt file, a folder or a pattern of "
+            "such, or the .bin of a token store (dataset.path=FILE)",
+        ]
+    try:
+        file = str(absolute(path, folder))
+        store = find_store(file, path)
+        table = None if store else needs_column(find_text_files(file, path))
+    except UserError as error:
+        return [*problems, str(error)]
+    if store and dataset["append_eos"]:
+        problems.append(
+            f"dataset.append_eos=True: dataset.path={path} is a token store, whose documents end as they "
+            "were made; leave the key out"
+        )
+    if table and dataset["column"] is None:
+        problems.append(
+            f"dataset.column: no value; name the column or key of {table.name} that holds the text "
+            "(dataset.column=text)"
+        )
     return problems
 
 
@@ -202,13 +211,13 @@ def model_files(values: dict[str, Any], folder: Path) -> list[str]:
             problems.append(f"model.tokenizer={model['tokenizer']}: this folder holds no tokenizer.model")
         elif not os.path.exists(file):
             problems.append(
-                f"model.tokenizer={model['tokenizer']}: no such file{_like(file)}; Baichuan2's own is the "
+                f"model.tokenizer={model['tokenizer']}: no such file{nearest(file)}; Baichuan2's own is the "
                 "tokenizer.model of its published folder; without the key the embedded tokenizer serves"
             )
     if model["weights"] is not None:
         weights = absolute(model["weights"], folder)
         if not os.path.isdir(weights):
-            problems.append(f"model.weights={model['weights']}: no such folder{_like(weights)}")
+            problems.append(f"model.weights={model['weights']}: no such folder{nearest(weights)}")
         elif not any(weights.glob("*.safetensors")):
             problems.append(
                 f"model.weights={model['weights']}: holds no .safetensors; pickled .bin files are not read, "
@@ -228,12 +237,3 @@ def tracker(values: dict[str, Any], folder: Path) -> list[str]:
         f"{key}={uri}: not an address MLflow keeps runs at; sqlite:///mlflow.db or http://host:5000, "
         "or leave it out"
     ]
-
-
-def _like(path: Path) -> str:
-    """`; nearest: x` with the file of the same folder whose name is most alike, where there is one."""
-    if not os.path.isdir(path.parent):
-        return f"; the folder {path.parent} does not exist"
-    beside = os.listdir(path.parent) if os.access(path.parent, os.R_OK) else []
-    near = difflib.get_close_matches(path.name, beside, n=1)
-    return f"; nearest: {path.parent / near[0]}" if near else ""

@@ -45,10 +45,13 @@ def _make_absolute(node: DictConfig, plain: Any, folder: Path) -> None:
 def digest(plain: dict[str, Any]) -> str:
     """Twelve hex digits that two runs share exactly when they compute the same thing.
 
-    Left out: where it is recorded (`tracking`) and how it was started (`task.resume`).
+    Left out: where it is recorded (`tracking`), how it was started (`task.resume`), and where and by how many
+    processes its data are prepared.
     """
     task = {key: value for key, value in plain["task"].items() if key != "resume"}
-    computed = {**{key: value for key, value in plain.items() if key != "tracking"}, "task": task}
+    dataset = {key: value for key, value in plain["dataset"].items() if key not in ("cache", "workers")}
+    rest = {key: value for key, value in plain.items() if key != "tracking"}
+    computed = {**rest, "task": task, "dataset": dataset}
     text = json.dumps(computed, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

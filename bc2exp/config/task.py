@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from bc2exp.config.fields import setting
 from bc2exp.config.model import Schedule
@@ -10,7 +11,13 @@ from bc2exp.config.model import Schedule
 
 @dataclass
 class TaskConfig:
-    """What every task has."""
+    """What every task has.
+
+    `on_devices` says whether the task is done by a rank on each device; a task that is not is done by one
+    process on the host, whatever the hardware.
+    """
+
+    on_devices: ClassVar[bool] = True
 
     name: str = setting("name of the task; MLflow's experiment")
     recipe: str = setting("which of the model's recipes", choices=("pretrain", "finetune"))
@@ -60,7 +67,16 @@ class PretrainConfig(TaskConfig):
 
 
 @dataclass
+class PrepareConfig(TaskConfig):
+    """Text to a token store."""
+
+    on_devices: ClassVar[bool] = False
+
+
+@dataclass
 class SyncConfig(TaskConfig):
     """Bring MLflow up to what run folders hold."""
+
+    on_devices: ClassVar[bool] = False
 
     run: str | None = setting("a run folder; null: every run below runs/", None, path=True)

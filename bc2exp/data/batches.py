@@ -25,11 +25,14 @@ class MicroBatch:
         input_ids: int64 [batch, sequence].
         labels: int64 [batch, sequence]: the token after each input, or -100.
         samples: the sample of each row; -1 for a row that only fills up.
+        segment_ids: int64 [batch, sequence]: the document of each input, from 1 up, 0 in a row that only
+            fills up; None where attention does not stop at the end of a document.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     samples: list[int]
+    segment_ids: torch.Tensor | None = None
 
     @property
     def num_labels(self) -> int:
@@ -37,15 +40,27 @@ class MicroBatch:
         return int((self.labels != IGNORED).sum())
 
 
-def assemble(stream: TokenStream, samples: list[int], sequence_length: int) -> MicroBatch:
-    """Rows of a micro batch; a sample of -1 becomes a row that counts for nothing."""
-    rows = torch.zeros(len(samples), sequence_length + 1, dtype=torch.int64)
-    for row, sample in zip(rows, samples, strict=True):
+def assemble(
+    stream: TokenStream, samples: list[int], sequence_length: int, *, separate_documents: bool = False
+) -> MicroBatch:
+    """Rows of a micro batch; a sample of -1 becomes a row that counts for nothing.
+
+    With `separate_documents` the last token of a document has no label: what follows is another text.
+    """
+    shape = (len(samples), sequence_length + 1)
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    segments = torch.zeros(shape, dtype=torch.int64)
+    for row, sample in enumerate(samples):
         if sample >= 0:
-            row.copy_(stream.sample(sample, sequence_length))
-    labels = rows[:, 1:].clone()
+            tokens[row] = stream.sample(sample, sequence_length)
+            if separate_documents:
+                segments[row] = stream.segments(sample, sequence_length)
+    labels = tokens[:, 1:].clone()
     labels[torch.tensor(samples) < 0] = IGNORED
-    return MicroBatch(rows[:, :-1], labels, samples)
+    if not separate_documents:
+        return MicroBatch(tokens[:, :-1], labels, samples)
+    labels[segments[:, 1:] != segments[:, :-1]] = IGNORED
+    return MicroBatch(tokens[:, :-1], labels, samples, segments[:, :-1])
 
 
 def training_batches(
@@ -57,6 +72,7 @@ def training_batches(
     rank: int,
     num_ranks: int,
     seed: int,
+    separate_documents: bool = False,
 ) -> Callable[[int], list[MicroBatch]]:
     """A function from a step (from 0) to this rank's micro batches of it."""
     num_samples = stream.num_samples(sequence_length)
@@ -67,7 +83,9 @@ def training_batches(
             first = start + rank * micro_batch
             positions = range(first, first + micro_batch)
             chosen = [sample_at(position, seed=seed, num_samples=num_samples) for position in positions]
-            micro_batches.append(assemble(stream, chosen, sequence_length))
+            micro_batches.append(
+                assemble(stream, chosen, sequence_length, separate_documents=separate_documents)
+            )
         return micro_batches
 
     return batches_of
@@ -81,6 +99,7 @@ def evaluation_batches(
     rank: int,
     num_ranks: int,
     num_samples: int | None,
+    separate_documents: bool = False,
 ) -> list[MicroBatch]:
     """This rank's share of the held-out samples, in order.
 
@@ -94,5 +113,5 @@ def evaluation_batches(
     for start in range(0, count, unit):
         first = start + rank * micro_batch
         chosen = [index if index < count else -1 for index in range(first, first + micro_batch)]
-        micro_batches.append(assemble(stream, chosen, sequence_length))
+        micro_batches.append(assemble(stream, chosen, sequence_length, separate_documents=separate_documents))
     return micro_batches

@@ -6,8 +6,6 @@ everywhere. The text that ships with the package is a source like any other.
 
 from __future__ import annotations
 
-import glob
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +15,12 @@ from pathlib import Path
 import pyarrow as pa
 
 from bc2exp.config.errors import UserError
-from bc2exp.data import rows as row_kinds
+from bc2exp.config.text_files import find_text_files, needs_column
 from bc2exp.data.csv_files import check_csv, read_csv
 from bc2exp.data.line_files import read_jsonl, read_txt
 from bc2exp.data.parquet_files import check_parquet, read_parquet
 from bc2exp.data.rows import MAX_ROW_BYTES, BadRow, Meter, Row
 from bc2exp.embedded import CORPUS, REVIEWS
-
-SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
 
 
 @dataclass(frozen=True)
@@ -65,32 +61,13 @@ def find_source(
     if source == "embedded_reviews":
         return TextSource((REVIEWS,), "review", max_row_bytes)
     assert path is not None
-    files = find_files(path)
-    tables = [file for file in files if file.suffix.lower() != ".txt"]
-    if tables and not column:
+    files = find_text_files(path)
+    table = needs_column(files)
+    if table and not column:
         raise UserError(
-            f"dataset.column: is not set; {tables[0]} needs the name of the column or key that holds the text"
+            f"dataset.column: is not set; {table} needs the name of the column or key that holds the text"
         )
     return TextSource(files, column, max_row_bytes)
-
-
-def find_files(path: str) -> tuple[Path, ...]:
-    """The files that a path, folder or pattern means, sorted. Raises UserError where there is none."""
-    found = Path(path).expanduser()
-    if found.is_dir():
-        files = _walk(found)
-    elif found.exists():
-        files = [found]
-    elif glob.has_magic(path):
-        files = [Path(name) for name in glob.glob(str(found), recursive=True) if os.path.isfile(name)]
-    else:
-        raise UserError(f"dataset.path={path}: there is no such file or folder")
-    known = sorted(file for file in files if file.suffix.lower() in SUFFIXES)
-    if not known:
-        raise UserError(
-            f"dataset.path={path}: {len(files)} files, none of them ends in {', '.join(SUFFIXES)}"
-        )
-    return tuple(known)
 
 
 def check_columns(source: TextSource) -> None:
@@ -127,20 +104,6 @@ def read_rows(source: TextSource, meter: Meter | None = None) -> Iterator[Row | 
             yield from (row for row in turn if row is not None)
 
 
-def documents(source: str, path: str | None, column: str | None) -> Iterator[str]:
-    """The texts of a data set, where every row is expected to be good; empty ones and nulls are left out.
-
-    Raises:
-        UserError: as `find_source` and `read_rows`, and at the first bad row.
-    """
-    for row in read_rows(find_source(source, path, column)):
-        if isinstance(row, Row):
-            if row.text:
-                yield row.text
-        elif row.reason != row_kinds.NULL:
-            raise UserError(f"dataset.path={row.file}: row {row.number}: {row.reason}: {row.excerpt[:60]!r}")
-
-
 def _read(path: Path, source: TextSource, meter: Meter) -> Iterator[Row | BadRow]:
     column, limit = source.column or "", source.max_row_bytes
     with _naming(path):
@@ -153,19 +116,6 @@ def _read(path: Path, source: TextSource, meter: Meter) -> Iterator[Row | BadRow
             yield from read_jsonl(path, column, limit, meter)
         else:
             yield from read_txt(path, limit, meter)
-
-
-def _walk(folder: Path) -> list[Path]:
-    """Files in a folder and below; hidden ones are what tools leave behind, not data."""
-    files = []
-    for parent, folders, names in os.walk(folder, onerror=_refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
-    return files
-
-
-def _refuse(error: OSError) -> None:
-    raise UserError(f"dataset.path={error.filename}: cannot be read: {error.strerror}") from None
 
 
 @contextmanager

@@ -78,7 +78,7 @@ class TokenStore:
         Raises:
             UserError: names the first such token, its place and document.
         """
-        report = self._report()
+        report = self.report()
         if report is not None and 0 <= report["max_token"] < vocab_size:
             return
         for start in range(0, len(self.tokens), _CHUNK):
@@ -102,7 +102,7 @@ class TokenStore:
         end = int(self._starts[last]) // size if last < self.num_documents else len(self.tokens)
         return TokenStream(self.tokens[begin : end if len(starts) else begin], starts, size)
 
-    def _report(self) -> dict[str, Any] | None:
+    def report(self) -> dict[str, Any] | None:
         """What preparation wrote beside this store, if it is about a store of this size."""
         try:
             report = json.loads((self.prefix.parent / REPORT).read_bytes())

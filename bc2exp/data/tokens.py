@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -115,27 +114,3 @@ def split_documents(num_documents: int, split: list[int]) -> Iterator[tuple[int,
         math.floor(num_documents * sum(split[:part]) / sum(split) + 0.5) for part in range(len(split) + 1)
     ]
     return pairwise(bounds)
-
-
-def build_streams(encoded: Iterable[array[int]], split: list[int], eos_id: int | None) -> list[TokenStream]:
-    """Concatenate documents and cut them into parts of `split` proportions, by documents, in order.
-
-    Args:
-        encoded: ids of each document.
-        split: weights of the parts, e.g. [949, 50, 1].
-        eos_id: appended to every document; None: nothing is.
-    """
-    tokens, ends = array("i"), [0]
-    for ids in encoded:
-        tokens.extend(ids)
-        if eos_id is not None:
-            tokens.append(eos_id)
-        ends.append(len(tokens))
-    num_documents = len(ends) - 1
-    if not num_documents:
-        raise UserError("the data set holds no text: every row or line is empty")
-    whole = torch.frombuffer(tokens, dtype=torch.int32) if len(tokens) else torch.empty(0, dtype=torch.int32)
-    return [
-        TokenStream(whole[ends[first] : ends[last]], torch.tensor(ends[first:last], dtype=torch.int64))
-        for first, last in split_documents(num_documents, split)
-    ]

@@ -13,7 +13,10 @@ from bc2exp.hardware.probe import KNOWN_BACKENDS, count_devices
 if TYPE_CHECKING:
     from bc2exp.hardware.base import Backend
 
-__all__ = ["KNOWN_BACKENDS", "count_devices", "get_backend"]
+__all__ = ["HOST", "KNOWN_BACKENDS", "count_devices", "get_backend"]
+
+HOST = "cpu"
+"""The backend of tasks that need no device: every machine has it."""
 
 
 def get_backend(name: str) -> Backend:

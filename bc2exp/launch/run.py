@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 import time
@@ -11,7 +12,8 @@ from typing import Any
 from rich.console import Console
 
 from bc2exp.config.errors import UserError
-from bc2exp.hardware import count_devices
+from bc2exp.config.register import TASKS
+from bc2exp.hardware import HOST, count_devices
 from bc2exp.launch.folder import RunFolder, writable
 from bc2exp.launch.ranks import Failure, Ranks
 from bc2exp.launch.record import write_record
@@ -62,7 +64,7 @@ def watch(path: Path, plain: dict[str, Any], requests: StopRequests, launch_fold
     """Start the ranks and show their progress until they have ended; why they failed, if they did."""
     tail = Tail(path / "metrics.jsonl")
     tail.poll()  # what earlier segments wrote has been shown already
-    ranks = Ranks(path, plain["hardware"]["backend"], plain["hardware"]["num_devices"])
+    ranks = Ranks(path, *needed_devices(plain))
     with Progress(None) as progress:
         answered = 0
         running = True
@@ -113,23 +115,35 @@ def conclude(path: Path, failure: Failure | None, segment: int, launch_folder: P
     return WRONG if failure.kind == "user" else FAILED
 
 
+def needed_devices(plain: dict[str, Any]) -> tuple[str, int]:
+    """Kind and number of the devices that the task is done on, a rank each."""
+    if not TASKS[plain["task"]["name"]].on_devices:
+        return HOST, 1
+    return plain["hardware"]["backend"], plain["hardware"]["num_devices"]
+
+
 def require_devices(plain: dict[str, Any]) -> None:
     """Raise UserError where this machine has fewer devices than the configuration asks for."""
-    hardware = plain["hardware"]
-    backend, wanted = hardware["backend"], hardware["num_devices"]
+    backend, wanted = needed_devices(plain)
     present = count_devices(backend)
     if present is not None and present < wanted:
         raise UserError(
-            f"hardware={hardware['name']}: asks for {wanted} {backend} devices, this machine has {present}"
+            f"hardware={plain['hardware']['name']}: asks for {wanted} {backend} devices, "
+            f"this machine has {present}"
         )
 
 
 def print_report(path: Path) -> None:
-    """Draw the loss and print the summary's table."""
+    """Draw the loss and print the summary's table; of a preparation, what it counted."""
     from bc2exp.report.plots import plot_loss  # matplotlib takes half a second, which the door need not pay
+    from bc2exp.report.preparation import summarize_preparation, tables
     from bc2exp.report.tables import table
 
     try:
+        if (path / "report.json").is_file():
+            for each in tables(summarize_preparation(path)):
+                Console().print(each)
+            return
         plot_loss(path)
         Console().print(table({path.name: summarize(path)}))
     except OSError as error:  # the training is done and saved: a report can be made later
@@ -138,10 +152,14 @@ def print_report(path: Path) -> None:
 
 def print_places(path: Path, run: dict[str, Any], launch_folder: Path, code: int) -> None:
     """Say where everything is, how to look at it, and how to go on."""
-    if code == DONE:
+    if (path / "report.json").is_file():
+        store = json.loads((path / "report.json").read_text("utf-8"))["store"]
+        print(f"store    {show(Path(store), launch_folder)}.bin and .idx")
+    if (path / "weights").is_dir():
         print(f"weights  {show(path / 'weights', launch_folder)} (safetensors, Hugging Face layout)")
-    if (path / "loss.png").is_file():
-        print(f"plot     {show(path / 'loss.png', launch_folder)}")
+    for plot in ("loss.png", "lengths.png"):
+        if (path / plot).is_file():
+            print(f"plot     {show(path / plot, launch_folder)}")
     checkpoints = sorted((path / "checkpoints").glob("step-*"))
     if code in (FAILED, STOPPED) and checkpoints:
         print(f"resume   the same command again goes on from {show(checkpoints[-1], launch_folder)}")

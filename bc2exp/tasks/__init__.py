@@ -19,4 +19,8 @@ def get_task(name: str) -> Task:
         from bc2exp.tasks.pretrain import pretrain
 
         return pretrain
+    if name == "prepare":
+        from bc2exp.tasks.prepare import prepare
+
+        return prepare
     raise AssertionError(f"task {name!r} is not done by ranks")

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import torch
-
 from bc2exp.config.dataset import DatasetConfig
 from bc2exp.config.errors import UserError
 from bc2exp.config.root import Config
 from bc2exp.config.task import PretrainConfig
 from bc2exp.data.batches import evaluation_batches, training_batches
-from bc2exp.data.sources import documents
-from bc2exp.data.tokens import TokenStream, build_streams, require_samples
+from bc2exp.data.tokens import TokenStream, require_samples
 from bc2exp.parallel.shard import parallelize
 from bc2exp.parallel.world import World
 from bc2exp.tasks import build
+from bc2exp.tasks.prepare import PARTS, described, open_store
 from bc2exp.text.tokenizer import Tokenizer, find_tokenizer
 from bc2exp.tracking.journal import Journal, NullJournal
 from bc2exp.train.trainer import Trainer
@@ -28,7 +26,7 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
     assert isinstance(task, PretrainConfig)
     tokenizer = Tokenizer(find_tokenizer(config.model.tokenizer, config.model.weights))
     vocab_size = build.find_vocabulary(config.model, tokenizer, journal)
-    train, held_out = read_streams(config.dataset, tokenizer, journal)
+    train, held_out = read_streams(config.dataset, tokenizer, vocab_size, journal)
     steps = total_steps(task, train.num_samples(length))
     model = build.make_model(config.model, vocab_size, seed=config.seed, init_std=task.init_std, world=world)
     throughput = build.make_throughput(model, config, vocab_size, task.global_batch)
@@ -58,6 +56,7 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
             rank=world.rank,
             num_ranks=world.size,
             seed=config.seed,
+            separate_documents=config.dataset.separate_documents,
         ),
         evaluation=evaluation_batches(
             held_out,
@@ -66,6 +65,7 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
             rank=world.rank,
             num_ranks=world.size,
             num_samples=task.eval_samples,
+            separate_documents=config.dataset.separate_documents,
         ),
         lr_at=build.make_schedule(task, steps),
         steps=steps,
@@ -83,28 +83,15 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
 
 
 def read_streams(
-    data: DatasetConfig, tokenizer: Tokenizer, journal: Journal | NullJournal
+    data: DatasetConfig, tokenizer: Tokenizer, vocab_size: int, journal: Journal | NullJournal
 ) -> tuple[TokenStream, TokenStream]:
     """The training and the held-out tokens of the data set, recorded in the journal."""
-    texts = documents(data.source.value, data.path, data.column)
-    encoded = tokenizer.encode_documents(texts, num_threads=torch.get_num_threads())
-    streams = build_streams(encoded, data.split, tokenizer.eos_id if data.append_eos else None)
-    train, held_out = streams[0], streams[1]
-    require_samples(train, data.sequence_length, f"the training part of {data.name}")
-    journal.event(
-        "data",
-        name=data.name,
-        path=data.path or data.source.value,
-        digest=train.digest()[:36],
-        documents=sum(stream.num_documents for stream in streams),
-        tokens=sum(len(stream.tokens) for stream in streams),
-        train_tokens=len(train.tokens),
-        train_samples=train.num_samples(data.sequence_length),
-        held_out_samples=held_out.num_samples(data.sequence_length),
-        unigram_entropy=train.unigram_entropy(),
-        tokenizer=tokenizer.digest,
-    )
-    return train, held_out
+    store, _ = open_store(data, tokenizer, journal)
+    store.check_vocabulary(vocab_size)
+    streams = dict(zip(PARTS, store.streams(data.split), strict=True))
+    require_samples(streams["train"], data.sequence_length, f"the training part of {data.name}")
+    journal.event("data", **described(data, tokenizer, streams))
+    return streams["train"], streams["held_out"]
 
 
 def total_steps(task: PretrainConfig, num_samples: int) -> int:

@@ -54,6 +54,8 @@ _ARTIFACTS = (
     "environment.json",
     "summary.json",
     "loss.png",
+    "report.json",
+    "lengths.png",
     "metrics.jsonl",
     "differences.jsonl",
 )

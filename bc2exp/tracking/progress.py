@@ -14,6 +14,13 @@ from rich.text import Text
 
 from bc2exp.tracking.journal import OUTCOMES
 
+_STAGES = {
+    "fingerprint": "looking at the files",
+    "wait": "another process prepares them",
+    "encode": "encoding",
+}
+_PREPARING_LINES = 10
+
 
 class Progress:
     """Shows records of a journal: `update` for each, `close` at the end, or use it in a `with`.
@@ -32,23 +39,29 @@ class Progress:
         self._time = 0.0
         self._next = 0
         self._unshown = False
+        # The preparation of data: its stage, where and when that began, the part of it shown next.
+        self._stage = ""
+        self._since = (0, 0.0)
+        self._next_part = 0.0
         self._bar: bar.Progress | None = None
         if self._console.is_terminal:
             self._bar = bar.Progress(
-                bar.TextColumn("step {task.completed:.0f}/{task.fields[of]}"),
+                bar.TextColumn("{task.fields[label]}"),
                 bar.BarColumn(bar_width=None),
                 bar.TextColumn("{task.fields[values]}"),
                 console=self._console,
                 refresh_per_second=4,
                 expand=True,
             )
-            self._task = self._bar.add_task("", total=total_steps, of=self._of, values="")
+            self._task = self._bar.add_task("", total=total_steps, label=self._label, values="")
             self._bar.start()
 
     def update(self, record: dict[str, Any]) -> None:
         """Show one record of the journal."""
         if "metrics" in record:
             self._metrics(record)
+        elif record["event"] == "preparing":
+            self._preparing(record)
         elif text := self._event(record):
             self._show_unshown()
             self._say(text)
@@ -69,6 +82,10 @@ class Progress:
     def _of(self) -> str:
         return "?" if self._total is None else str(self._total)
 
+    @property
+    def _label(self) -> str:
+        return f"step {self._step}/{self._of}"
+
     def _metrics(self, record: dict[str, Any]) -> None:
         self._step, self._time = record["step"], record["time"]
         values = record["metrics"]
@@ -82,7 +99,7 @@ class Progress:
                     self._task,
                     completed=self._step,
                     total=self._total,
-                    of=self._of,
+                    label=self._label,
                     values=" ".join(self._fields(short=True)),
                 )
             elif self._step >= self._next:
@@ -99,6 +116,25 @@ class Progress:
         # Without a known end the lines come at growing distances, so that they stay few as well.
         pace = max(1, (self._step // 4 if self._total is None else self._total // self._lines))
         self._next = (self._step // pace + 1) * pace
+
+    def _preparing(self, record: dict[str, Any]) -> None:
+        """Text becoming tokens: bytes done of all, what they came to, and when the rest will be."""
+        stage, done, of, now = (record[key] for key in ("stage", "bytes_done", "bytes_total", "time"))
+        if self._stage != stage:
+            self._stage, self._since, self._next_part = stage, (done, now), 0.0
+        part = done / of if of else 1.0
+        fields = [f"{_STAGES[stage]} {part:.0%}"]
+        if stage == "encode":
+            fields += [f"{record['rows']:,} rows", f"{record['tokens']:,} tokens"]
+        seconds, new = now - self._since[1], done - self._since[0]
+        if seconds > 0 and new > 0:
+            fields += [f"{new / 1e6 / seconds:.2f} MB/s", f"{_duration((of - done) * seconds / new)} left"]
+        text = "  ".join(fields)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=of, label="data", values=text)
+        elif part >= self._next_part and stage != "fingerprint":
+            self._say(text)
+            self._next_part = part + 1 / _PREPARING_LINES
 
     def _fields(self, short: bool) -> list[str]:
         values = self._latest
@@ -125,6 +161,8 @@ class Progress:
         if kind == "start":
             self._begin, self._next = None, 0
             self._total = record.get("steps") or self._total
+            if self._bar is not None:
+                self._bar.update(self._task, completed=0, total=self._total, label=self._label, values="")
             return f"resumed from step {record['step']}" if record["step"] else None
         if kind == "data":
             sizes = {key: record.get(key) for key in ("documents", "tokens")}

@@ -113,7 +113,7 @@ class Trainer:
         losses = []
         for part in batch:
             exchange_gradients(self.model, now=part is batch[-1])
-            loss = self.model(part.input_ids.to(self.world.device), labels=part.labels.to(self.world.device))
+            loss = loss_sum(self.model, part, self.world.device)
             (loss * scale).sum().backward()
             losses.append(loss.detach().float())
         total = self.world.sum(torch.cat(losses).sum()).item() / max(1, counts.labels)
@@ -157,11 +157,18 @@ class Trainer:
         self.throughput.restart()
 
 
+def loss_sum(model: nn.Module, part: MicroBatch, device: torch.device) -> torch.Tensor:
+    """The loss sum of a micro batch, fp32 [1]."""
+    segments = None if part.segment_ids is None else part.segment_ids.to(device)
+    loss: torch.Tensor = model(part.input_ids.to(device), segments, part.labels.to(device))
+    return loss
+
+
 @torch.no_grad()
 def evaluate(model: nn.Module, batches: list[MicroBatch], world: World) -> float:
     """Mean loss over all labels of all ranks' batches; changes nothing. Every rank must call it."""
     model.eval()
-    losses = [model(part.input_ids.to(world.device), labels=part.labels.to(world.device)) for part in batches]
+    losses = [loss_sum(model, part, world.device) for part in batches]
     release_gathered(model)
     model.train()
     # Summed on the host: fp32 loses count beyond 2^24 labels, and a device may have nothing wider.

@@ -15,7 +15,17 @@ TEXT = {"dataset.path": "a.txt"}
 def files(tmp_path: Path) -> Path:
     """A folder with data, tokenizers, weights and a run."""
     (tmp_path / "数据").mkdir()
-    for name in ("a.txt", "a.csv", "a.parquet", "a.json", "数据/外卖.csv", "own.model"):
+    for name in (
+        "a.txt",
+        "a.csv",
+        "a.parquet",
+        "a.json",
+        "数据/外卖.csv",
+        "own.model",
+        "store.bin",
+        "store.idx",
+        "half.bin",
+    ):
         (tmp_path / name).write_text("x")
     for folder, content in (("run", "run.json"), ("weights", "a.safetensors"), ("pickled", "a.bin")):
         (tmp_path / folder).mkdir()
@@ -98,9 +108,9 @@ def files(tmp_path: Path) -> Path:
         (("dataset=text",), {"dataset.path": "data/a.csv"}, "no such file", "data does not exist"),
         (
             ("dataset=text",),
-            {"dataset.path": "数据"},
-            "dataset.path=数据: is a folder",
-            "name one file in it",
+            {"dataset.path": "weights"},
+            "dataset.path=weights: none of the",
+            ".parquet, .csv, .jsonl, .txt can",
         ),
         (
             ("dataset=text",),
@@ -109,6 +119,16 @@ def files(tmp_path: Path) -> Path:
             ".parquet, .csv",
         ),
         (("dataset=text",), {"dataset.path": "a.csv"}, "dataset.column: no value", "dataset.column=text"),
+        (("dataset=text",), {"dataset.path": "数据/*"}, "dataset.column: no value", "外卖.csv"),
+        (("dataset=text",), {"dataset.path": "*.jsonl"}, "dataset.path=*.jsonl: no file matches", ""),
+        (("dataset=text",), {"dataset.path": "b.bin"}, "dataset.path=b.bin: no such file", ""),
+        (("dataset=text",), {"dataset.path": "half.bin"}, "there is no half.idx beside it", "one name"),
+        (
+            ("dataset=text",),
+            {"dataset.path": "store.idx", "dataset.append_eos": True},
+            "dataset.append_eos=True: dataset.path=store.idx is a token store",
+            "leave the key out",
+        ),
         ((), {"dataset.split": [1, 1]}, "dataset.split=[1, 1]: three numbers", "training, evaluation, test"),
         ((), {"dataset.split": [0, 1, 1]}, "dataset.split=[0, 1, 1]", "the first above 0"),
         # files of the model
@@ -166,6 +186,10 @@ def test_a_broken_relation_names_value_and_remedy(
         (("dataset=text",), TEXT),
         (("dataset=text",), {"dataset.path": "a.csv", "dataset.column": "text"}),
         (("dataset=text",), {"dataset.path": "./数据/../数据/外卖.csv", "dataset.column": "review"}),
+        (("dataset=text",), {"dataset.path": "*.txt"}),
+        (("dataset=text",), {"dataset.path": "数据", "dataset.column": "review"}),
+        (("dataset=text",), {"dataset.path": "store.bin"}),
+        (("dataset=alpaca",), {"dataset.path": "store.idx"}),
         ((), {"dataset.split": [1, 0, 0]}),
         ((), {"model.tokenizer": "weights"}),
         ((), {"model.tokenizer": "own.model"}),
@@ -218,6 +242,6 @@ def test_the_address_of_the_environment_is_checked(checked: Checked, monkeypatch
 
 def test_a_file_that_may_not_be_read(checked: Checked, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # root may read everything, so the system's answer is replaced
-    monkeypatch.setattr("bc2exp.config.checks.os.access", lambda path, mode: Path(path).name != "a.txt")
+    monkeypatch.setattr("bc2exp.config.text_files.os.access", lambda path, mode: Path(path).name != "a.txt")
     (problem,) = checked("dataset=text", TEXT)
     assert problem == "dataset.path=a.txt: may not be read (permissions)"

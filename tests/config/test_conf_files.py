@@ -19,7 +19,7 @@ EXPERIMENTS = [
     for file in (data_root() / "experiments").glob("*/*.yaml")
 ]
 HARDWARE = [name for group, name in FILES if group == "hardware"]
-NEEDED = {"text": ["dataset.path=mine.txt"]}
+NEEDED = {"text": ["dataset.path=mine.txt"], "alpaca": ["dataset.path=mine.txt"]}
 """What a user has to name with a choice, as no file can."""
 
 # facts/recipes.md: ModelLink's pretraining on 8 NPUs
@@ -215,7 +215,11 @@ BROKEN = [
     ),
     ("dataset/mine.yaml", "name: [a\n", ["line 2: is not YAML"]),
     ("dataset/mine.yaml", "name: a\nname: b\n", ["line 2: is not YAML: found duplicate key name"]),
-    ("dataset/mine.yaml", "defaults: [nope, _self_]\n", ["asks for dataset=nope", "there are embedded"]),
+    (
+        "dataset/mine.yaml",
+        "defaults: [nope, _self_]\n",
+        ["asks for dataset=nope", "there are alpaca, embedded"],
+    ),
     ("dataset/mine.yaml", "- a\n", ["dataset/mine"]),
     ("dataset/mine.yaml", "defaults: 3\n", ["dataset=mine: Invalid defaults list"]),
     ("task/mine.yaml", "steps: 3\n", ["task.steps: belongs to task=pretrain; name it in the defaults"]),

@@ -6,6 +6,10 @@ import struct
 from itertools import accumulate
 from pathlib import Path
 
+import torch
+
+from bc2exp.data.tokens import TokenStream, split_documents
+
 
 def write_by_hand(
     prefix: Path, documents: list[list[int]], *, code: int = 4, first_sequences: list[int] | None = None
@@ -30,3 +34,15 @@ def write_by_hand(
         + struct.pack(f"<{len(starts)}q", *starts)
         + struct.pack(f"<{len(table)}q", *table)
     )
+
+
+def streams_of(documents: list[list[int]], split: list[int]) -> list[TokenStream]:
+    """The parts of documents that are in memory and in no store."""
+    parts = [documents[first:last] for first, last in split_documents(len(documents), split)]
+    return [
+        TokenStream(
+            torch.tensor([token for document in part for token in document], dtype=torch.int32),
+            torch.tensor(list(accumulate(map(len, part), initial=0))[: len(part)], dtype=torch.int64),
+        )
+        for part in parts
+    ]

@@ -1,30 +1,15 @@
-from array import array
-
 import pytest
 import torch
 
 from bc2exp.data.batches import IGNORED, evaluation_batches, training_batches
 from bc2exp.data.order import epoch_order, sample_at
-from bc2exp.data.tokens import TokenStream, build_streams
+from bc2exp.data.tokens import TokenStream
 
 LENGTH = 5
 
 
 def _stream(num_tokens: int) -> TokenStream:
     return TokenStream(torch.arange(num_tokens, dtype=torch.int32), torch.tensor([0]))
-
-
-def test_streams_are_cut_by_documents_in_order() -> None:
-    encoded = [array("i", [n] * (n + 1)) for n in range(10)]
-    train, held_out, test = build_streams(encoded, [7, 2, 1], eos_id=None)
-    assert [part.num_documents for part in (train, held_out, test)] == [7, 2, 1]
-    assert train.tokens.tolist() == [n for n in range(7) for _ in range(n + 1)]
-    assert test.tokens.tolist() == [9] * 10
-
-
-def test_the_end_of_text_follows_every_document() -> None:
-    train, _, _ = build_streams([array("i", [5, 6]), array("i", [7])], [1, 0, 0], eos_id=2)
-    assert train.tokens.tolist() == [5, 6, 2, 7, 2]
 
 
 def test_every_token_but_the_first_is_a_label_once_an_epoch() -> None:
@@ -91,3 +76,43 @@ def test_unigram_entropy() -> None:
     uniform = TokenStream(torch.arange(64, dtype=torch.int32).repeat(3), start)
     assert uniform.unigram_entropy() == pytest.approx(4.1588831)
     assert TokenStream(torch.zeros(10, dtype=torch.int32), start).unigram_entropy() == 0
+
+
+def _documents(*lengths: int) -> TokenStream:
+    """Documents of so many tokens; token n stands at place n."""
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    return TokenStream(torch.arange(int(starts[-1]), dtype=torch.int32), starts[:-1])
+
+
+def test_separated_documents_have_their_own_segments_and_no_label_for_the_next_text() -> None:
+    stream = _documents(3, 1, 4, 3)
+    (part,) = evaluation_batches(
+        stream,
+        sequence_length=LENGTH,
+        micro_batch=3,
+        rank=0,
+        num_ranks=1,
+        num_samples=None,
+        separate_documents=True,
+    )
+    assert part.samples == [0, 1, -1]
+    assert part.segment_ids is not None
+    assert part.input_ids.tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [0] * 5]
+    assert part.segment_ids.tolist() == [[1, 1, 1, 2, 3], [1, 1, 1, 2, 2], [0] * 5]
+    assert part.labels.tolist() == [[1, 2, -100, -100, 5], [6, 7, -100, 9, 10], [-100] * 5]
+    assert part.num_labels == 7
+
+
+def test_without_separation_attention_and_labels_cross_the_end_of_a_document() -> None:
+    batches_of = training_batches(
+        _documents(3, 1, 4, 3),
+        sequence_length=LENGTH,
+        global_batch=2,
+        micro_batch=2,
+        rank=0,
+        num_ranks=1,
+        seed=1,
+    )
+    (part,) = batches_of(0)
+    assert part.segment_ids is None
+    assert part.num_labels == 10

@@ -12,12 +12,13 @@ from bc2exp.data.building import Progress
 from bc2exp.data.encoding import encode_texts
 from bc2exp.data.prepare import prepare
 from bc2exp.data.quarantine import Limits
-from bc2exp.data.sources import TextSource, documents, find_source
+from bc2exp.data.rows import Row
+from bc2exp.data.sources import TextSource, find_source, read_rows
 from bc2exp.data.store import TokenStore
-from bc2exp.data.tokens import build_streams
 from bc2exp.embedded import TOKENIZER
 from bc2exp.text.tokenizer import Tokenizer
 from tests.data.preparing import TEXTS, content_of, prepare_texts, remains_in, source_of
+from tests.data.stores import streams_of
 from tests.shared_data import shared_data
 
 pytestmark = pytest.mark.usefixtures("many_batches")
@@ -81,8 +82,9 @@ def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path, append_eos:
 def test_the_embedded_corpus_is_a_source_like_any_other(tmp_path: Path) -> None:
     prepared = prepare_texts(find_source("embedded_corpus", None, None), tmp_path / "cache", workers=2)
     tokenizer = Tokenizer(TOKENIZER)
-    texts = documents("embedded_corpus", None, None)
-    in_memory = build_streams(tokenizer.encode_documents(texts), [9, 1, 0], None)
+    rows = read_rows(find_source("embedded_corpus", None, None))
+    texts = [row.text for row in rows if isinstance(row, Row) and row.text]
+    in_memory = streams_of([list(ids) for ids in tokenizer.encode_documents(texts)], [9, 1, 0])
     stored = TokenStore(prepared.prefix).streams([9, 1, 0])
     assert [part.digest() for part in stored] == [part.digest() for part in in_memory]
 

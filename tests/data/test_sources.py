@@ -10,7 +10,7 @@ import pytest
 from bc2exp.config.errors import UserError
 from bc2exp.data import rows
 from bc2exp.data.rows import BadRow, Meter, Row
-from bc2exp.data.sources import documents, find_source, read_rows
+from bc2exp.data.sources import find_source, read_rows
 from tests.data.row_files import rows_of, texts_of, write_rows
 from tests.shared_data import shared_data
 
@@ -28,7 +28,6 @@ def test_the_lines_of_a_txt(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeff一\r\n\n two \nthree".encode())
     assert texts_of(path, None) == ["一", "", " two ", "three"]
-    assert list(documents("file", str(path), None)) == ["一", " two ", "three"]
 
 
 @pytest.mark.parametrize(
@@ -94,13 +93,20 @@ def test_folders_and_patterns_mean_their_files_in_order(
     assert texts_of("[x]*.txt", None) == ["a name and no pattern"]
 
 
-@pytest.mark.parametrize("path", ["nothing.txt", "none*.txt", "empty", "notes.md"])
-def test_a_path_without_files_is_named(tmp_path: Path, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [
+        ("nothing.txt", "no such file or folder"),
+        ("note.md", "no such file or folder; nearest: .*notes.md"),
+        ("none*.txt", "no file matches this pattern"),
+        ("empty", "none of the 0 files there: cannot be read; .parquet, .csv, .jsonl, .txt can"),
+        ("notes.md", "cannot be read; .parquet, .csv, .jsonl, .txt can"),
+    ],
+)
+def test_a_path_without_files_is_named(tmp_path: Path, path: str, reason: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(
-        UserError, match=r"dataset\.path=.*(there is no such file|none of them ends in \.parquet)"
-    ):
+    with pytest.raises(UserError, match=f"dataset\\.path=.*{path.replace('*', '.')}: {reason}"):
         find_source("file", str(tmp_path / path), None)
 
 
@@ -112,20 +118,14 @@ def test_a_file_name_that_is_not_unicode(tmp_path: Path) -> None:
     json.dumps([good, bad], ensure_ascii=False).encode()
 
 
-def test_documents_refuse_a_bad_row_and_leave_out_empty_ones(tmp_path: Path) -> None:
-    path = tmp_path / "a.parquet"
-    write_rows(path, ["a", None, "", "b"])
-    assert list(documents("file", str(path), "text")) == ["a", "b"]
-    write_rows(path, ["a", b"\xff"])
-    with pytest.raises(UserError, match=r"dataset\.path=.*a\.parquet: row 2: invalid UTF-8"):
-        list(documents("file", str(path), "text"))
-
-
 def test_the_embedded_texts_alternate_languages() -> None:
-    corpus = list(documents("embedded_corpus", None, None))
+    corpus, reviews = (
+        [row.text for row in read_rows(find_source(name, None, None)) if isinstance(row, Row)]
+        for name in ("embedded_corpus", "embedded_reviews")
+    )
     assert any("\u4e00" <= char <= "\u9fff" for char in corpus[0])
     assert corpus[1].isascii()
-    assert len(list(documents("embedded_reviews", None, None))) > 300
+    assert len(reviews) > 300
 
 
 def test_real_alpaca_and_waimai() -> None:

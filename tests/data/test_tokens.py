@@ -1,4 +1,3 @@
-from array import array
 from pathlib import Path
 
 import pytest
@@ -7,8 +6,8 @@ import torch
 from bc2exp.config.errors import UserError
 from bc2exp.data import tokens as tokens_module
 from bc2exp.data.store import TokenStore
-from bc2exp.data.tokens import TokenStream, build_streams, require_samples
-from tests.data.stores import write_by_hand
+from bc2exp.data.tokens import TokenStream, require_samples
+from tests.data.stores import streams_of, write_by_hand
 
 SPLIT = [949, 50, 1]
 
@@ -31,7 +30,7 @@ def _store(folder: Path, documents: list[list[int]]) -> TokenStore:
 def test_a_store_is_cut_as_documents_in_memory_are(tmp_path: Path) -> None:
     for count in (1, 2, 19, 20, 950, 1000, 1499):
         documents = _documents(count)
-        in_memory = build_streams([array("i", ids) for ids in documents], SPLIT, None)
+        in_memory = streams_of(documents, SPLIT)
         stored = _store(tmp_path, documents).streams(SPLIT)
         assert [s.num_documents for s in stored] == [s.num_documents for s in in_memory]
         assert [s.tokens.tolist() for s in stored] == [s.tokens.tolist() for s in in_memory]
