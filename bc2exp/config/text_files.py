@@ -12,6 +12,11 @@ from bc2exp.config.roots import nearest
 TEXT_SUFFIXES = (".parquet", ".csv", ".jsonl", ".txt")
 STORE_SUFFIXES = (".bin", ".idx")
 
+# Files that make a folder a run or a store, and the lists of bad rows beside stores: whoever names the folder
+# that commands are typed in means none of them.
+_OUR_OWN = frozenset({"run.json", "tokens.idx"})
+_LISTED = "quarantine.jsonl"
+
 
 def find_text_files(path: str, typed: str | None = None) -> tuple[Path, ...]:
     """The files of text that a path, a folder or a pattern means, sorted.
@@ -73,13 +78,16 @@ def needs_column(files: tuple[Path, ...]) -> Path | None:
 
 
 def _walk(folder: Path, key: str) -> list[Path]:
-    """Files in a folder and below; hidden ones are what tools leave behind, not data."""
+    """Files in a folder and below; hidden ones, runs and prepared stores are no data."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{key}: {error.filename}: cannot be read: {error.strerror}") from None
 
     files = []
     for parent, folders, names in os.walk(folder, onerror=refuse):
+        if _OUR_OWN.intersection(names):
+            folders.clear()
+            continue
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if not name.startswith(".") and _LISTED not in name]
     return files

@@ -108,7 +108,7 @@ def prepare(
         progress=progress,
     )
     with _writing(cache):
-        cache.mkdir(parents=True, exist_ok=True)
+        _make_folder(cache)
         digests = fingerprints(source.files, cache, _told(progress, bytes_total))
         key = _key(options, source.files, digests)
         folder = cache / f"{_safe(name)}-{key[:12]}"
@@ -154,6 +154,9 @@ def _make(
                 raise UserError(
                     f"dataset.path={path}: was changed while it was read; start again when it is at rest"
                 )
+        num_bad = sum(counts["bad"].values())
+        if not counts["documents"] and num_bad:
+            quarantine.refuse_all(num_bad, counts["rows"], listed)
         if not counts["documents"]:
             raise UserError(
                 f"dataset.path={next(iter(stamps))}: holds no text: all {counts['rows']} rows are empty"
@@ -180,7 +183,9 @@ def _find(folder: Path, key: str) -> dict[str, Any] | None:
         found = TokenStore(folder / PREFIX)
         fits = report["key"] == key and report["tokens"] == len(found.tokens)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: is damaged: {error}; remove it, and it is prepared again") from None
+        # what follows a semicolon is advice for stores that nobody here can make again
+        reason = str(error).partition(";")[0]
+        raise UserError(f"{folder}: is damaged: {reason}; remove it, and it is prepared again") from None
     if not fits:
         raise UserError(
             f"{folder}: is damaged: its report is of another store; remove it, and it is prepared again"
@@ -214,6 +219,13 @@ def _told(progress: OnProgress, bytes_total: int) -> Callable[[int], None]:
         progress(Progress("fingerprint", 0, 0, meter.bytes_done, bytes_total))
 
     return count
+
+
+def _make_folder(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except FileNotFoundError as error:  # above it are folders that hold none, such as those of /proc
+        raise UserError(f"{cache}: the prepared data cannot be written there: {error}") from None
 
 
 def _safe(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from bc2exp.config.errors import UserError
 from bc2exp.data.rows import BadRow
@@ -87,15 +87,31 @@ class TooManyBadRows(UserError):
     """More bad rows than the limits allow."""
 
 
-def refuse(num_bad: int, num_rows: int, limits: Limits, path: Path, stopped: str = "") -> None:
+def refuse(num_bad: int, num_rows: int, limits: Limits, path: Path, stopped: str = "") -> NoReturn:
     """Raise TooManyBadRows with the first rows listed in the file `path`."""
+    if num_bad == num_rows:
+        refuse_all(num_bad, num_rows, path, stopped)
+    raise TooManyBadRows(
+        f"dataset.max_bad_rows={limits.max_bad_rows}, dataset.max_bad_fraction={limits.max_bad_fraction:g}: "
+        f"{num_bad} of {num_rows} rows are bad{stopped}: {_first(num_bad, path)}; repair them or allow more "
+        f"(all: {path})"
+    )
+
+
+def refuse_all(num_bad: int, num_rows: int, path: Path, stopped: str = "") -> NoReturn:
+    """Raise TooManyBadRows where no row of a data set is good text."""
+    raise TooManyBadRows(
+        f"dataset.path: no row holds text that can be used; {num_bad} of {num_rows} rows are "
+        f"bad{stopped}: "
+        f"{_first(num_bad, path)}; are the column or key and the encoding (UTF-8) right? (all: {path})"
+    )
+
+
+def _first(num_bad: int, path: Path) -> str:
+    """The first of the rows listed in the file `path`."""
     first = []
     with path.open(encoding="utf-8") as file:
         for line, _ in zip(file, range(_NAMED), strict=False):
             row = json.loads(line)
             first.append(f"{row['file']} row {row['row']} ({row['reason']})")
-    raise TooManyBadRows(
-        f"dataset.max_bad_rows={limits.max_bad_rows}, dataset.max_bad_fraction={limits.max_bad_fraction:g}: "
-        f"{num_bad} of {num_rows} rows are bad{stopped}: {', '.join(first)}"
-        f"{', …' if num_bad > _NAMED else ''}; repair them or allow more (all: {path})"
-    )
+    return ", ".join(first) + (", …" if num_bad > _NAMED else "")

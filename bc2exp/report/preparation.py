@@ -51,11 +51,12 @@ def lines(report: Report) -> dict[str, str]:
         rows["dropped, bad"] = f"{report['bad_rows']:,}"
         rows |= {f"  {reason}": f"{count:,}" for reason, count in report["bad"].items()}
         rows["text"] = f"{report['text_bytes'] / 1e6:,.1f} MB"
-        speed = f"{report['seconds']:.1f} s, {report['mb_per_s']:.2f} MB/s, {report['workers']} workers"
-        rows["prepared in"] = speed + (" (not now: taken from the cache)" if report["reused"] else "")
+        speed = f"{report['mb_per_s']:.2f} MB/s of text, {_number(report['workers'], 'worker')}"
+        speed = f"{report['seconds']:.1f} s, {speed}"
+        rows["prepared in"] = "an earlier run: taken from the cache" if report["reused"] else speed
     for part, counts in report["parts"].items():
-        samples = f"{counts['samples']:,} samples of {report['sequence_length']}"
-        rows[part.replace("_", " ")] = f"{counts['documents']:,} documents, {samples}"
+        samples = f"{_number(counts['samples'], 'sample')} of {report['sequence_length']}"
+        rows[part.replace("_", " ")] = f"{_number(counts['documents'], 'document')}, {samples}"
     return rows
 
 
@@ -78,6 +79,10 @@ def tables(report: Report) -> list[Table]:
         bar = "█" * max(1, round(_BAR * count / most))
         histogram.add_row(bucket.replace("-", "–"), f"{count:,}", bar)
     return [counts, histogram]
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + "s" * (count != 1)
 
 
 def draw_lengths(report: Report) -> bytes:

@@ -92,7 +92,7 @@ def open_store(
         reasons = ", ".join(f"{count} {reason}" for reason, count in bad.items())
         journal.event(
             "note",
-            text=f"{sum(bad.values())} bad rows were left out ({reasons}); they are listed in "
+            text=f"bad rows were left out: {sum(bad.values())} ({reasons}); they are listed in "
             f"{prepared.prefix.parent / preparation.QUARANTINE}",
         )
     return TokenStore(prepared.prefix), {**prepared.report, "reused": prepared.reused}
@@ -121,8 +121,9 @@ class Told:
     def __init__(self, journal: Journal | NullJournal) -> None:
         self._journal = journal
         self._last = 0.0
+        self._stage = ""
 
     def __call__(self, progress: Progress) -> None:
-        if time.monotonic() - self._last >= _SECONDS_BETWEEN_RECORDS:
-            self._last = time.monotonic()
+        if progress.stage != self._stage or time.monotonic() - self._last >= _SECONDS_BETWEEN_RECORDS:
+            self._last, self._stage = time.monotonic(), progress.stage
             self._journal.event("preparing", **progress._asdict())

@@ -91,6 +91,11 @@ def read_streams(
     streams = dict(zip(PARTS, store.streams(data.split), strict=True))
     require_samples(streams["train"], data.sequence_length, f"the training part of {data.name}")
     journal.event("data", **described(data, tokenizer, streams))
+    if not streams["held_out"].num_samples(data.sequence_length):
+        size = f"dataset.sequence_length={data.sequence_length}"
+        journal.event(
+            "note", text=f"the held-out part of {data.name} fills no sample of {size}: nothing is evaluated"
+        )
     return streams["train"], streams["held_out"]
 
 

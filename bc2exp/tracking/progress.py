@@ -128,7 +128,8 @@ class Progress:
             fields += [f"{record['rows']:,} rows", f"{record['tokens']:,} tokens"]
         seconds, new = now - self._since[1], done - self._since[0]
         if seconds > 0 and new > 0:
-            fields += [f"{new / 1e6 / seconds:.2f} MB/s", f"{_duration((of - done) * seconds / new)} left"]
+            left = _duration((of - done) * seconds / new)
+            fields += [f"{new / 1e6 / seconds:.2f} MB/s of files", f"{left} left"]
         text = "  ".join(fields)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=of, label="data", values=text)

@@ -116,3 +116,25 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match=rf"{tmp_path}/cache: the prepared data cannot be written there"):
         prepare_texts(source_of(tmp_path), tmp_path / "cache")
+
+
+def test_where_no_row_is_good_the_column_and_the_encoding_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "gbk.csv"
+    path.write_bytes("review\n很好\n冷了\n".encode("gbk"))
+    with pytest.raises(
+        TooManyBadRows, match=r"2 of 2 rows are bad: .*row 1 \(invalid UTF-8\).*UTF-8\) right\?"
+    ) as error:
+        prepare_texts(find_source("file", str(path), "review"), tmp_path / "cache")
+    listed = Path(str(error.value).rpartition("all: ")[2].rstrip(")"))
+    assert len(listed.read_text().splitlines()) == 2
+    assert remains_in(tmp_path / "cache") == [listed.name]
+
+
+def test_runs_and_stores_in_a_folder_are_no_data(tmp_path: Path) -> None:
+    (tmp_path / "own.txt").write_text("words\n")
+    for folder, mark in (("runs/a", "run.json"), ("runs/prepared/b", "tokens.idx")):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / mark).write_text("{}")
+        (tmp_path / folder / "metrics.jsonl").write_text("{}")
+    (tmp_path / "runs" / "prepared" / "c.quarantine.jsonl").write_text("{}")
+    assert find_source("file", str(tmp_path), None).files == (tmp_path / "own.txt",)

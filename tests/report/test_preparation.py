@@ -37,8 +37,8 @@ def test_every_count_is_shown_with_its_name() -> None:
     assert shown["tokens a document"] == "10.0 on average, 15 at most"
     assert (shown["rows"], shown["dropped, empty"], shown["dropped, bad"]) == ("6", "1", "2")
     assert shown["  NUL character"] == shown["  null"] == "1"
-    assert shown["prepared in"] == "0.5 s, 4.00 MB/s, 2 workers"
-    assert shown["held out"] == "1 documents, 1 samples of 8"
+    assert shown["prepared in"] == "0.5 s, 4.00 MB/s of text, 2 workers"
+    assert shown["held out"] == "1 document, 1 sample of 8"
     assert "taken from the cache" in lines({**REPORT, "reused": True})["prepared in"]
 
 

@@ -80,7 +80,7 @@ def test_the_report_counts_what_the_store_holds(tmp_path: Path, words: tuple[str
     assert (data["documents"], data["tokens"]) == (len(TEXTS), sum(encoded))
     assert journal.steps["data/bad_rows"] == {0: 1}
     (note,) = [event["text"] for event in journal.events if event["event"] == "note"]
-    assert note.startswith("1 bad rows were left out (1 null); they are listed in ")
+    assert note.startswith("bad rows were left out: 1 (1 null); they are listed in ")
     listed = Path(note.rpartition(" ")[2]).read_text()
     assert json.loads(listed) | {"excerpt": ""} == {
         "file": words[1].partition("=")[2],
