@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from bc2exp.hardware.base import Ops
@@ -133,6 +132,7 @@ class NormHead(nn.Module):
 
     For a shard of the vocabulary set `vocab_start` and `group` (see `norm_head_loss_sum`); the logits are
     then this shard's. Training adds z-loss; the trainer sets its `z_loss_ratio`, labels / real positions.
+    `every_row`: see there; for tensors without values.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, z_loss_weight: float) -> None:
@@ -142,11 +142,12 @@ class NormHead(nn.Module):
         self.z_loss_weight = z_loss_weight
         self.z_loss_ratio: float | None = None
         self.vocab_start = 0
+        self.every_row = False
         self.group: dist.ProcessGroup | None = None
 
     def forward(self, hidden: Tensor, labels: Tensor | None = None, real: Tensor | None = None) -> Tensor:
         """Logits, fp32 [..., vocabulary]; with labels [...] the loss sum, fp32 [1]. `real` is bool [...]."""
-        weight = self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
+        weight = self.weight
         if labels is None:
             # Dividing the logits instead of the rows spares a second copy of the weight.
             norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).clamp_min(NORM_EPS)
@@ -161,6 +162,7 @@ class NormHead(nn.Module):
             vocab_start=self.vocab_start,
             vocab_size=self.vocab_size,
             group=self.group,
+            every_row=self.every_row,
         )
 
 
@@ -231,7 +233,9 @@ class Baichuan2(nn.Module):
         positions [batch, sequence]: by default they count on from the cache, or restart in each segment.
         Without norm and head here: the hidden states for the next stage.
         """
-        context = self._context(input_ids, segment_ids, positions, cache)
+        # The hidden states of the stage before may be this rank's part of the sequence; labels never are.
+        length = (input_ids if labels is None else labels).shape[1]
+        context = self._context(length, input_ids.device, segment_ids, positions, cache)
         hidden = input_ids if self.embed_tokens is None else self.embed_tokens(input_ids)
         for layer in self.layers.values():
             hidden = layer(hidden, context)
@@ -243,16 +247,20 @@ class Baichuan2(nn.Module):
         return self.lm_head(hidden, labels, real)
 
     def _context(
-        self, input_ids: Tensor, segment_ids: Tensor | None, positions: Tensor | None, cache: Cache | None
+        self,
+        length: int,
+        device: torch.device,
+        segment_ids: Tensor | None,
+        positions: Tensor | None,
+        cache: Cache | None,
     ) -> Context:
         if self.shape["position"] == "alibi":
-            return Context(segment_ids, None, alibi_slopes(self.shape["num_heads"], input_ids.device), cache)
-        length = input_ids.shape[1]
+            return Context(segment_ids, None, alibi_slopes(self.shape["num_heads"], device), cache)
         if positions is None and segment_ids is not None:
             positions = segment_positions(segment_ids)[:, -length:]
         elif positions is None:
             start = 0 if cache is None else cache.length
-            positions = torch.arange(start, start + length, device=input_ids.device)[None]
+            positions = torch.arange(start, start + length, device=device)[None]
         cos, sin = rope_tables(positions, self.head_dim, self.shape["rope_theta"])
         return Context(segment_ids, (cos[:, None], sin[:, None]), None, cache)
 

@@ -50,6 +50,7 @@ def norm_head_loss_sum(
     vocab_start: int = 0,
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
+    every_row: bool = False,
 ) -> Tensor:
     """Sum of the cross entropies of hidden @ normalize(weight)^T over the labels != -100, fp32 [1].
 
@@ -66,14 +67,18 @@ def norm_head_loss_sum(
     words; all ranks of the group pass the same hidden, labels and real, and return the same loss. The
     gradient of hidden is then THIS RANK'S PARTIAL SUM, to be added up over the group by the caller.
 
-    `chunk_tokens` is C; by default see CHUNK_BYTES.
+    `chunk_tokens` is C; by default see CHUNK_BYTES. With `every_row` the values of `labels` are not looked
+    at beforehand: all rows reach the head, as if each had a label.
 
     The graph can be walked back once: a second backward raises RuntimeError. Raises ValueError, naming
     it, for a label outside the vocabulary.
     """
     assert group is None or vocab_size is not None, "a shard does not know the size of the vocabulary"
     num_words = weight.shape[0] if vocab_size is None else vocab_size
-    rows, z_coefficient = _select_rows(labels, real, num_words, z_loss_weight, z_loss_ratio)
+    if every_row:
+        rows, z_coefficient = torch.arange(labels.shape[0], device=labels.device), 0.0
+    else:
+        rows, z_coefficient = _select_rows(labels, real, num_words, z_loss_weight, z_loss_ratio)
     if chunk_tokens is None:
         # From the mean shard, not from this one: every rank has to take part in the same reductions.
         words_here = num_words if group is None else -(-num_words // group.size())

@@ -1,54 +1,65 @@
-"""Lay a model over data-parallel ranks with FSDP2, and set its precision.
+"""Data parallelism with FSDP2: who holds which part of parameters, gradients and moments, and the precision.
 
-Every rank of `ddp` holds the whole model: a mesh of (replicate N, shard 1). bf16 goes through FSDP2 on one
-rank too, as its mixed precision is what keeps parameters, moments and the reduction of gradients in fp32
-while the model computes in bf16. One rank in fp32 needs nothing.
+Ranks of the mesh's `shard` axis share them, those of `replicate` each have them; `ddp` is (replicate N,
+shard 1). bf16 goes through FSDP2 on one rank too, as its mixed precision is what keeps parameters, moments
+and the reduction of gradients in fp32 while the model computes in bf16. In fp32 one data rank needs nothing.
 """
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from bc2exp.parallel.world import World
+from bc2exp.model.baichuan2 import Baichuan2
+from bc2exp.model.plan import tensor_cut
+from bc2exp.parallel.mesh import Mesh
 
 
-def needs_sharding(world_size: int, precision: str) -> bool:
-    """Whether `parallelize` will wrap the model at all."""
-    return world_size > 1 or precision == "bf16"
+def needs_sharding(mesh: Mesh, precision: str) -> bool:
+    """Whether FSDP2 is used at all."""
+    return mesh.num_data_ranks > 1 or precision == "bf16"
 
 
-def parallelize(model: nn.Module, world: World, *, replicate: int, precision: str) -> None:
-    """Wrap a model for training, in place. The model's parameters are fp32.
+def shard_layers(model: Baichuan2, mesh: Mesh, *, precision: str, zero_stage: int) -> None:
+    """Wrap every layer, the embedding and the head, and then the model, in place. Parameters are fp32."""
+    if not needs_sharding(mesh, precision):
+        return
+    axes = ("replicate", "shard") if mesh.replicate > 1 else "shard"
+    compute = torch.bfloat16 if precision == "bf16" else None
+    settings: dict[str, Any] = {
+        "mesh": mesh.devices[axes],
+        "mp_policy": MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32),
+    }
+    # Where nothing is sharded, freeing and gathering again in backward would only copy.
+    reshard = zero_stage == 3 and mesh.shard > 1
+    if model.embed_tokens is not None:
+        fully_shard(model.embed_tokens, reshard_after_forward=reshard, **settings)
+    for layer in model.layers.values():
+        fully_shard(layer, reshard_after_forward=reshard, **settings)
+    if model.norm is not None and model.lm_head is not None:
+        # Backward begins with these two, so they stay.
+        fully_shard([model.norm, model.lm_head], reshard_after_forward=False, **settings)
+    fully_shard(model, reshard_after_forward=False, **settings)
+
+
+def before_backward(model: nn.Module, *, last: bool, keep: bool, defer: bool) -> None:
+    """Say what the next backward pass does with the gradients, and with what it gathered.
 
     Args:
-        model: has `layers`.
-        world: the ranks; `join` has been called.
-        replicate: ranks that each hold the whole model; -1: all.
-        precision: `fp32` or `bf16`: what the model computes in.
+        last: it is the last one of the step. Copies sum their gradients only then.
+        keep: parameters stay gathered until then.
+        defer: ranks that share gradients reduce them only then, too.
     """
-    if not needs_sharding(world.size, precision):
-        return
-    copies = world.size if replicate == -1 else replicate
-    shape = (copies, world.size // copies)
-    mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    compute = torch.bfloat16 if precision == "bf16" else None
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    for layer in cast(nn.ModuleDict, model.layers).values():
-        # nothing is sharded, so freeing and gathering again in backward would only copy
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
-
-
-def exchange_gradients(model: nn.Module, *, now: bool) -> None:
-    """Whether the next backward pass sums gradients over the ranks: only the last micro batch of a step."""
     if isinstance(model, FSDPModule):
-        model.set_requires_all_reduce(now)
+        model.set_requires_gradient_sync(last or not defer)  # sets the next, too
+        model.set_requires_all_reduce(last)
+        model.set_reshard_after_backward(last or not keep)
 
 
 def release_gathered(model: nn.Module) -> None:
@@ -59,20 +70,42 @@ def release_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The full values of a tensor that may be distributed. A collective call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor that may be distributed; writing to it writes the tensor."""
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded; writing to it writes the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_part_of(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The part of full values that this rank holds of `like`, a tensor of the same shape."""
-    if not isinstance(like, DTensor):
-        return full
-    from torch.distributed.tensor import distribute_tensor
+def gradients(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """This rank's parts of the gradients, by name."""
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            yield name, local(parameter.grad)
 
-    return distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None).to_local()
+
+def complete_gradients(model: nn.Module, mesh: Mesh) -> None:
+    """With the sequence cut over tensor-parallel ranks, each has the gradient of the weights that are not cut
+    (the norms) from its part of the sequence only: add them up, all at once. Call it once a step."""
+    partial = [gradient for name, gradient in gradients(model) if tensor_cut(name).dim is None]
+    if not partial:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in partial])
+    dist.all_reduce(flat, group=mesh.group("tensor"))
+    for gradient, part in zip(partial, flat.split([g.numel() for g in partial]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+
+
+def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
+    """What this rank adds to the squared norm of the whole gradient: what several ranks have counts once."""
+    cut: list[Tensor] = []
+    whole: list[Tensor] = []
+    for name, gradient in gradients(model):
+        (whole if tensor_cut(name).dim is None else cut).append(gradient)
+    norms = (nn.utils.get_total_norm(part).to(mesh.world.device) for part in (cut, whole))
+    of_cut, of_whole = (norm.float().square() for norm in norms)
+    return (of_cut + of_whole / mesh.tensor) / mesh.replicate
+
+
+def scale_gradients(model: nn.Module, factor: float) -> None:
+    """Multiply every gradient."""
+    parts = [gradient for _, gradient in gradients(model)]
+    torch._foreach_mul_(parts, factor)

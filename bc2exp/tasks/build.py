@@ -11,10 +11,14 @@ from torch import nn
 
 from bc2exp.config.errors import UserError
 from bc2exp.config.model import ModelConfig
+from bc2exp.config.parallelism import AXES, degrees, shares
 from bc2exp.config.root import Config
 from bc2exp.config.task import OptimizerConfig, PretrainConfig
-from bc2exp.model.baichuan2 import Baichuan2, init_weights, parameter_count
-from bc2exp.parallel.shard import whole
+from bc2exp.hardware.base import Ops
+from bc2exp.model.baichuan2 import Baichuan2, initial_tensor, parameter_count
+from bc2exp.parallel.layout import Layout, parallelize
+from bc2exp.parallel.mesh import Mesh
+from bc2exp.parallel.shard import local
 from bc2exp.parallel.world import World
 from bc2exp.text.tokenizer import Tokenizer
 from bc2exp.tracking.journal import Journal, NullJournal
@@ -45,10 +49,26 @@ def find_vocabulary(model: ModelConfig, tokenizer: Tokenizer, journal: Journal |
     return model.vocab_size
 
 
-def make_model(model: ModelConfig, vocab_size: int, *, seed: int, init_std: float, world: World) -> Baichuan2:
-    """The model with fp32 parameters on this rank's device: fresh, or from `model.weights`."""
+def make_mesh(config: Config, vocab_size: int, world: World) -> Mesh:
+    """The ranks, in the axes of the configuration.
+
+    Raises UserError for a vocabulary with fewer words than the tensor-parallel ranks need: where it is the
+    tokenizer's, nobody could tell before.
+    """
+    wanted = {axis: getattr(config.parallelism, axis) for axis in AXES}
+    mesh = Mesh(world, **degrees(wanted, world.size))
+    if not shares(vocab_size, mesh.tensor):
+        raise UserError(
+            f"parallelism.tensor={mesh.tensor}: leaves some ranks nothing of the tokenizer's "
+            f"{vocab_size} words"
+        )
+    return mesh
+
+
+def make_model(model: ModelConfig, vocab_size: int, ops: Ops) -> Baichuan2:
+    """The model without storage."""
     with torch.device("meta"):
-        built = Baichuan2(
+        return Baichuan2(
             vocab_size=vocab_size,
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
@@ -58,17 +78,40 @@ def make_model(model: ModelConfig, vocab_size: int, *, seed: int, init_std: floa
             rms_norm_eps=model.rms_norm_eps,
             rope_theta=model.rope_theta,
             z_loss_weight=model.z_loss_weight,
-            ops=world.backend.ops,
+            ops=ops,
         )
-    built.to_empty(device=world.device)
+
+
+def lay_out(model: Baichuan2, mesh: Mesh, config: Config) -> Layout:
+    """The model over the ranks, still without storage."""
+    parallelism = config.parallelism
+    return parallelize(
+        model,
+        mesh,
+        precision=config.hardware.precision.value,
+        zero_stage=parallelism.zero_stage,
+        sequence_parallel=parallelism.sequence_parallel,
+        recompute=parallelism.recompute.value,
+        defer_reduction=parallelism.defer_reduction,
+    )
+
+
+def fill(layout: Layout, model: ModelConfig, *, seed: int, init_std: float) -> None:
+    """Give this rank storage and weights: fresh ones, alike in every layout, or those of `model.weights`."""
+    layout.take_storage()
     if model.weights is None:
-        init_weights(built, seed=seed, std=init_std)
-    else:
-        try:
-            load_hf_into(built, Path(model.weights))
-        except ValueError as error:
-            raise UserError(f"model.weights={model.weights}: {error}") from None
-    return built
+        for name in layout.own_names():
+            layout.assign(name, initial_tensor(name, layout.parts.shapes[name], seed=seed, std=init_std))
+        return
+    try:
+        load_hf_into(
+            layout.model,
+            Path(model.weights),
+            assign=lambda name, parameter, tensor: layout.assign(name, tensor),
+            shapes=layout.parts.shapes,
+        )
+    except ValueError as error:
+        raise UserError(f"model.weights={model.weights}: {error}") from None
 
 
 def make_throughput(model: nn.Module, config: Config, vocab_size: int, global_batch: int) -> Throughput:
@@ -119,32 +162,28 @@ def make_checkpoints(
     return Checkpoints(
         folder / "checkpoints",
         keep=task.keep_checkpoints,
-        writes=world.rank == 0,
+        world=world,
         tell=lambda text: journal.event("note", text=text),
     )
 
 
-def go_on(
-    checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, world: World
-) -> Progress:
+def go_on(checkpoints: Checkpoints, layout: Layout, optimizer: torch.optim.Optimizer, steps: int) -> Progress:
     """Load the newest checkpoint, if there is one; how far the training is then.
 
-    Raises UserError where it is already beyond `steps`, or where the ranks do not see the same checkpoints.
+    Raises UserError where it is already beyond `steps`.
     """
-    progress = checkpoints.load_newest(model, optimizer) or Progress(0, 0)
-    if len(set(world.gather(progress.step))) > 1:
-        raise UserError(f"{checkpoints.folder}: not every rank finds the same checkpoints there")
+    progress = checkpoints.load_newest(layout, optimizer) or Progress(0, 0)
     if progress.step > steps:
         raise UserError(f"task.steps={steps}: this run has done {progress.step} already; name more")
     return progress
 
 
-def export(
-    model: nn.Module, shape: ModelConfig, vocab_size: int, tokenizer: Tokenizer, folder: Path, world: World
-) -> None:
+def export(layout: Layout, shape: ModelConfig, vocab_size: int, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the weights in HF layout with the tokenizer beside them; every rank must call it."""
-    tensors = {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
-    if world.rank != 0:
+    tensors = layout.parts.whole(lambda name: local(layout.model.get_parameter(name).detach()))
+    if layout.mesh.world.rank != 0:
+        for _ in tensors:
+            raise AssertionError("only rank 0 gets whole tensors")
         return
     if folder.exists():  # of an earlier end of this same run, now trained further
         shutil.rmtree(folder)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from bc2exp.config.dataset import DatasetConfig
 from bc2exp.config.errors import UserError
+from bc2exp.config.parallelism import micro_batch_of
 from bc2exp.config.root import Config
 from bc2exp.config.task import PretrainConfig
 from bc2exp.data.batches import evaluation_batches, training_batches
 from bc2exp.data.tokens import TokenStream, require_samples
-from bc2exp.parallel.shard import parallelize
 from bc2exp.parallel.world import World
 from bc2exp.tasks import build
 from bc2exp.tasks.prepare import PARTS, described, open_store
@@ -28,23 +28,20 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
     vocab_size = build.find_vocabulary(config.model, tokenizer, journal)
     train, held_out = read_streams(config.dataset, tokenizer, vocab_size, journal)
     steps = total_steps(task, train.num_samples(length))
-    model = build.make_model(config.model, vocab_size, seed=config.seed, init_std=task.init_std, world=world)
+    mesh = build.make_mesh(config, vocab_size, world)
+    model = build.make_model(config.model, vocab_size, world.backend.ops)
     throughput = build.make_throughput(model, config, vocab_size, task.global_batch)
-    parallelize(
-        model,
-        world,
-        replicate=config.parallelism.replicate,
-        precision=config.hardware.precision.value,
-    )
-    optimizer = build.make_optimizer(model, task.optimizer)
+    layout = build.lay_out(model, mesh, config)
+    build.fill(layout, config.model, seed=config.seed, init_std=task.init_std)
+    optimizer = build.make_optimizer(layout.model, task.optimizer)
     checkpoints = build.make_checkpoints(folder, task, world, journal)
-    progress = build.go_on(checkpoints, model, optimizer, steps, world)
+    progress = build.go_on(checkpoints, layout, optimizer, steps)
     journal.event("start", step=progress.step, steps=steps, world_size=world.size)
-    micro_batch = task.micro_batch or task.global_batch // world.size
+    share = task.global_batch // mesh.num_data_ranks
+    micro_batch = task.micro_batch or micro_batch_of(share, mesh.pipeline)
     trainer = Trainer(
-        model=model,
+        layout=layout,
         optimizer=optimizer,
-        world=world,
         journal=journal,
         checkpoints=checkpoints,
         throughput=throughput,
@@ -53,8 +50,8 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
             sequence_length=length,
             global_batch=task.global_batch,
             micro_batch=micro_batch,
-            rank=world.rank,
-            num_ranks=world.size,
+            rank=mesh.data_rank,
+            num_ranks=mesh.num_data_ranks,
             seed=config.seed,
             separate_documents=config.dataset.separate_documents,
         ),
@@ -62,8 +59,8 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
             held_out,
             sequence_length=length,
             micro_batch=micro_batch,
-            rank=world.rank,
-            num_ranks=world.size,
+            rank=mesh.data_rank,
+            num_ranks=mesh.num_data_ranks,
             num_samples=task.eval_samples,
             separate_documents=config.dataset.separate_documents,
         ),
@@ -78,7 +75,7 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
     )
     outcome = trainer.run(progress.step)
     if outcome == "done":
-        build.export(model, config.model, vocab_size, tokenizer, folder / "weights", world)
+        build.export(layout, config.model, vocab_size, tokenizer, folder / "weights")
     return outcome
 
 

@@ -2,24 +2,46 @@
 
 What needs no saving: the order of samples (a function of the seed and the samples consumed), the learning
 rate (a function of the step), and the state of random generators (no operation of training draws from one).
+
+A checkpoint holds whole tensors, so it knows no layout: saved in one, it loads into any other, bit for bit.
+Rank 0 writes, every rank reads its parts. On top of its own no rank holds more than
+`FILE_BYTES` and a tensor.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import shutil
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 from bc2exp.config.errors import UserError
-from bc2exp.parallel.shard import local, local_part_of, whole
-from bc2exp.storage.tensors import DamagedCheckpoint, load_tensors, save_tensors
+from bc2exp.parallel.layout import Layout
+from bc2exp.parallel.shard import local
+from bc2exp.parallel.world import World
+from bc2exp.storage import atomic
+from bc2exp.storage.tensors import (
+    DamagedCheckpoint,
+    FileEntry,
+    load_file,
+    read_manifest,
+    verify,
+    write_file,
+    write_manifest,
+)
 
+FILE_BYTES = 2 * 2**30
+"""A file of a checkpoint is ended when it holds as much."""
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_KINDS = ("model", *_MOMENTS)
+"""What a checkpoint holds of every weight: itself and its moments, in files that begin with these words."""
 _NAME = re.compile(r"^step-(\d{8})$")
 
 
@@ -38,27 +60,32 @@ class Checkpoints:
     Args:
         folder: holds one folder a checkpoint, `step-00000040`.
         keep: how many of the newest stay.
-        writes: whether this rank writes (rank 0).
+        world: the ranks of the run; rank 0 writes.
         tell: gets a sentence when a damaged checkpoint is passed over.
     """
 
     folder: Path
     keep: int
-    writes: bool
+    world: World
     tell: Callable[[str], None]
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
+    def save(self, layout: Layout, optimizer: torch.optim.Optimizer, progress: Progress) -> Path:
         """Write a checkpoint; whole or not at all. Every rank must call it. Returns its folder."""
         path = self.folder / f"step-{progress.step:08d}"
-        files: dict[str, dict[str, torch.Tensor]] = {"model.safetensors": {}}
-        files |= {f"{moment}.safetensors": {} for moment in _MOMENTS}
-        for name, parameter in model.named_parameters():
-            files["model.safetensors"][name] = whole(parameter.detach())
-            for moment in _MOMENTS:
-                files[f"{moment}.safetensors"][name] = whole(optimizer.state[parameter][moment])
-        if self.writes:
+        if self.world.rank == 0:
             self._clear(progress.step)
-            save_tensors(path, files, {"step": progress.step, "samples": progress.samples})
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        entries: dict[str, FileEntry] = {}
+        try:
+            for kind in _KINDS:
+                entries |= _write(temporary, kind, layout.parts.whole(_reader(layout, optimizer, kind)))
+            if self.world.rank == 0:
+                write_manifest(temporary, entries, {"step": progress.step, "samples": progress.samples})
+                atomic.publish_folder(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if self.world.rank == 0:
             for old in self.list()[: -self.keep]:
                 shutil.rmtree(old)
         return path
@@ -77,45 +104,100 @@ class Checkpoints:
             return []
         return sorted(path for path in self.folder.iterdir() if _NAME.match(path.name))
 
-    def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Progress | None:
+    def load_newest(self, layout: Layout, optimizer: torch.optim.Optimizer) -> Progress | None:
         """Continue from the newest checkpoint whose checksums hold; None where there is none.
 
-        Raises UserError where checkpoints exist and every one is damaged, or is of another model.
+        Rank 0 looks for it. Raises UserError, on every rank, where checkpoints exist and every one is
+        damaged, or it is of another model, or not every rank finds the same.
         """
-        problems = []
+        path, problems = self._newest_whole() if self.world.rank == 0 else (None, ())
+        path, problems = self.world.gather((path, problems))[0]
+        if path is None:
+            if problems:
+                raise UserError(f"{self.folder}: no checkpoint is whole: {'; '.join(problems)}")
+            return None
+        path = self.folder / path
+        try:
+            manifest = read_manifest(path)
+        except DamagedCheckpoint:
+            manifest = {}
+        digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        if len(set(self.world.gather(digest))) > 1:
+            raise UserError(f"{self.folder}: not every rank finds the same checkpoints there")
+        _fill(layout, optimizer, path, manifest)
+        return Progress(int(manifest["extra"]["step"]), int(manifest["extra"]["samples"]))
+
+    def _newest_whole(self) -> tuple[str | None, Sequence[str]]:
+        """The name of the newest checkpoint that is as it was written, and what is wrong with newer ones."""
+        problems: Sequence[str] = ()
         for path in reversed(self.list()):
             try:
-                files, extra = load_tensors(path)
+                verify(path)
+                return path.name, problems
             except DamagedCheckpoint as error:
-                problems.append(str(error))
+                problems = (*problems, str(error))
                 self.tell(f"checkpoint passed over: {error}")
-                continue
-            _fill(model, optimizer, files, path)
-            return Progress(int(extra["step"]), int(extra["samples"]))
-        if problems:
-            raise UserError(f"{self.folder}: no checkpoint is whole: {'; '.join(problems)}")
-        return None
+        return None, problems
 
 
-def _fill(
-    model: nn.Module, optimizer: torch.optim.Optimizer, files: dict[str, dict[str, torch.Tensor]], path: Path
-) -> None:
-    weights = files["model.safetensors"]
-    parameters = dict(model.named_parameters())
-    wrong = sorted(set(weights) ^ set(parameters)) or [
-        name for name, parameter in parameters.items() if parameter.shape != weights[name].shape
-    ]
+def _reader(layout: Layout, optimizer: torch.optim.Optimizer, kind: str) -> Callable[[str], torch.Tensor]:
+    """A function from a weight's name to this rank's part of it, or of its moment."""
+
+    def read(name: str) -> torch.Tensor:
+        parameter = layout.model.get_parameter(name)
+        return local(parameter.detach() if kind == "model" else optimizer.state[parameter][kind])
+
+    return read
+
+
+def _write(folder: Path, kind: str, tensors: Iterator[tuple[str, torch.Tensor]]) -> dict[str, FileEntry]:
+    """Write the tensors that come, into files of about FILE_BYTES; what the manifest says of these."""
+    entries: dict[str, FileEntry] = {}
+    waiting: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"{kind}-{len(entries) + 1}.safetensors" if entries else f"{kind}.safetensors"
+        entries[name] = write_file(folder / name, waiting)
+        waiting.clear()
+
+    for name, tensor in tensors:
+        waiting[name] = tensor.cpu()
+        if sum(tensor.nbytes for tensor in waiting.values()) >= FILE_BYTES:
+            flush()
+    if waiting:
+        flush()
+    return entries
+
+
+def _fill(layout: Layout, optimizer: torch.optim.Optimizer, path: Path, manifest: dict[str, Any]) -> None:
+    """Give every weight and moment of this rank its part of what is in the checkpoint."""
+    files = {kind: _files(manifest, kind) for kind in _KINDS}
+    shapes = {
+        name: tuple(manifest["files"][file]["tensors"][name]["shape"])
+        for name, file in files["model"].items()
+    }
+    wanted = layout.parts.shapes
+    wrong = sorted(set(shapes) ^ set(wanted)) or [name for name in wanted if shapes[name] != wanted[name]]
     if wrong:
         raise UserError(f"{path}: is of another model: {wrong[0]} and {len(wrong) - 1} more differ")
     step = torch.tensor(float(_step_of(path)), dtype=torch.float32)
-    for name, parameter in parameters.items():
-        with torch.no_grad():
-            local(parameter.detach()).copy_(local_part_of(weights[name], parameter))
+    for name in layout.own_names():
+        parameter = layout.model.get_parameter(name)
         state = optimizer.state[parameter]
         state["step"] = step.clone().to(parameter.device)
-        for moment in _MOMENTS:
-            state[moment] = torch.zeros_like(parameter)
-            local(state[moment]).copy_(local_part_of(files[f"{moment}.safetensors"][name], parameter))
+        for kind in _KINDS:
+            if kind != "model":
+                state[kind] = torch.zeros_like(parameter)
+            target = local(parameter.detach() if kind == "model" else state[kind])
+            # read, copied and dropped in one line: no two whole tensors at a time
+            target.copy_(layout.parts.mine(name, load_file(path, files[kind][name], manifest, [name])[name]))
+
+
+def _files(manifest: dict[str, Any], kind: str) -> dict[str, str]:
+    """The file that holds each tensor of a kind."""
+    names = [name for name in manifest["files"] if re.fullmatch(rf"{kind}(-\d+)?\.safetensors", name)]
+    return {tensor: name for name in names for tensor in manifest["files"][name]["tensors"]}
 
 
 def _step_of(path: Path) -> int:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from bc2exp.data.batches import MicroBatch
-from bc2exp.model.baichuan2 import Baichuan2
-from bc2exp.parallel.shard import exchange_gradients, release_gathered, whole
+from bc2exp.parallel.layout import Layout
+from bc2exp.parallel.shard import scale_gradients
 from bc2exp.parallel.world import World
 from bc2exp.tracking.journal import Journal, NullJournal
 from bc2exp.train import TrainingError
@@ -39,6 +38,7 @@ class Trainer:
     """One training: `run` takes it from where it is to its last step.
 
     Args:
+        layout: the model, laid over the ranks.
         batches: this rank's micro batches of a step (from 0).
         evaluation: this rank's share of the held-out samples; empty: nothing is evaluated.
         lr_at: learning rate of a step (from 1).
@@ -49,9 +49,8 @@ class Trainer:
         stop_file: a person's wish to stop; looked for between steps.
     """
 
-    model: Baichuan2
+    layout: Layout
     optimizer: torch.optim.Optimizer
-    world: World
     journal: Journal | NullJournal
     checkpoints: Checkpoints
     throughput: Throughput
@@ -65,6 +64,11 @@ class Trainer:
     eval_every: int | None
     save_every: int | None
     stop_file: Path
+
+    @property
+    def world(self) -> World:
+        """The ranks of the run."""
+        return self.layout.mesh.world
 
     def run(self, start: int) -> str:
         """Train from after step `start`; returns `done`, or `stopped` when the stop file appeared.
@@ -97,8 +101,10 @@ class Trainer:
 
     def _agree(self, batch: list[MicroBatch]) -> tuple[Counts, bool]:
         """The counts of the step over all ranks, and whether to stop before it. One exchange."""
-        labels = sum(part.num_labels for part in batch)
-        positions = sum(row >= 0 for part in batch for row in part.samples) * batch[0].input_ids.shape[1]
+        labels = positions = 0
+        if self.layout.mesh.speaks_for_samples:
+            labels = sum(part.num_labels for part in batch)
+            positions = sum(_num_positions(part) for part in batch)
         stop = self.world.rank == 0 and self.stop_file.exists()
         mine = torch.tensor([labels, positions, int(stop)], device=self.world.device)
         labels, positions, stops = (int(count) for count in self.world.sum(mine).tolist())
@@ -106,35 +112,32 @@ class Trainer:
 
     def _step(self, step: int, batch: list[MicroBatch], counts: Counts) -> tuple[float, float]:
         """One optimizer step: loss (mean over the labels of all ranks) and gradient norm before clipping."""
-        # Sharded gradients are averaged over the ranks, so the factor makes of that a mean over labels.
-        scale = self.world.size / max(1, counts.labels)
-        if self.model.lm_head is not None:
-            self.model.lm_head.z_loss_ratio = counts.labels / max(1, counts.positions)
-        losses = []
-        for part in batch:
-            exchange_gradients(self.model, now=part is batch[-1])
-            loss = loss_sum(self.model, part, self.world.device)
-            (loss * scale).sum().backward()
-            losses.append(loss.detach().float())
-        total = self.world.sum(torch.cat(losses).sum()).item() / max(1, counts.labels)
-        norm = whole(nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None]))
-        if not (math.isfinite(total) and math.isfinite(norm.item())):
-            self._refuse(step, batch, losses, total, norm.item())
-        if self.clip_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, norm)
+        # Gradients are averaged over the data ranks, so the factor makes of that a mean over labels.
+        scale = self.layout.mesh.num_data_ranks / max(1, counts.labels)
+        if self.layout.model.lm_head is not None:
+            self.layout.model.lm_head.z_loss_ratio = counts.labels / max(1, counts.positions)
+        losses = self.layout.train(batch, scale)
+        mine = losses.sum() if self.layout.mesh.speaks_for_loss else losses.new_zeros(())
+        # One exchange tells every rank the same of both, so all go on, or none.
+        sums = self.world.sum(torch.stack((mine, self.layout.finish())))
+        total, norm = sums[0].item() / max(1, counts.labels), math.sqrt(sums[1].item())
+        if not (math.isfinite(total) and math.isfinite(norm)):
+            self._refuse(step, batch, losses, total, norm)
+        if self.clip_norm is not None and norm > self.clip_norm:
+            scale_gradients(self.layout.model, self.clip_norm / norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return total, norm.item()
+        return total, norm
 
     def _refuse(
-        self, step: int, batch: list[MicroBatch], losses: list[torch.Tensor], loss: float, norm: float
+        self, step: int, batch: list[MicroBatch], losses: torch.Tensor, loss: float, norm: float
     ) -> None:
         """Raise, naming the samples: those of the micro batches whose own loss is not finite, else all."""
         every = [part.samples for part in batch]
-        mine = [part for part, value in zip(every, losses, strict=True) if not math.isfinite(value.item())]
+        mine = [part for part, value in zip(every, losses.tolist(), strict=True) if not math.isfinite(value)]
         found = self.world.gather((mine, every))
         parts = [part for mine, _ in found for part in mine] or [part for _, every in found for part in every]
-        samples = sorted(sample for part in parts for sample in part)
+        samples = sorted({sample for part in parts for sample in part})
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norm}"
         raise TrainingError(
             f"step {step}: {what}; the weights were left as after step {step - 1}; "
@@ -148,30 +151,27 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         if self.evaluation:
-            self.journal.metrics(step, {"eval/loss": evaluate(self.model, self.evaluation, self.world)})
+            self.journal.metrics(step, {"eval/loss": evaluate(self.layout, self.evaluation)})
         self.throughput.restart()
 
     def _save(self, step: int) -> None:
-        path = self.checkpoints.save(self.model, self.optimizer, Progress(step, step * self.global_batch))
+        path = self.checkpoints.save(self.layout, self.optimizer, Progress(step, step * self.global_batch))
         self.journal.event("checkpoint", step=step, path=f"{path.parent.name}/{path.name}")
         self.throughput.restart()
 
 
-def loss_sum(model: nn.Module, part: MicroBatch, device: torch.device) -> torch.Tensor:
-    """The loss sum of a micro batch, fp32 [1]."""
-    segments = None if part.segment_ids is None else part.segment_ids.to(device)
-    loss: torch.Tensor = model(part.input_ids.to(device), segments, part.labels.to(device))
-    return loss
+def _num_positions(part: MicroBatch) -> int:
+    """Positions that hold text: those of a segment, or where there are none, of a sample."""
+    if part.segment_ids is not None:
+        return int((part.segment_ids != 0).sum())
+    return sum(row >= 0 for row in part.samples) * part.input_ids.shape[1]
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: list[MicroBatch], world: World) -> float:
+def evaluate(layout: Layout, batches: list[MicroBatch]) -> float:
     """Mean loss over all labels of all ranks' batches; changes nothing. Every rank must call it."""
-    model.eval()
-    losses = [loss_sum(model, part, world.device) for part in batches]
-    release_gathered(model)
-    model.train()
+    losses, mesh = layout.evaluate(batches), layout.mesh
     # Summed on the host: fp32 loses count beyond 2^24 labels, and a device may have nothing wider.
-    mine = torch.cat(losses).cpu().double().sum().item()
-    found = world.gather((mine, sum(part.num_labels for part in batches)))
+    loss = losses.cpu().double().sum().item() if mesh.speaks_for_loss else 0.0
+    labels = sum(part.num_labels for part in batches) if mesh.speaks_for_samples else 0
+    found = mesh.world.gather((loss, labels))
     return float(sum(loss for loss, _ in found) / max(1, sum(labels for _, labels in found)))

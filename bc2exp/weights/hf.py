@@ -42,11 +42,17 @@ def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32, ops: Ops | N
     return model
 
 
-def load_hf_into(model: nn.Module, folder: Path | str, *, assign: Assign | None = None) -> None:
+def load_hf_into(
+    model: nn.Module,
+    folder: Path | str,
+    *,
+    assign: Assign | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+) -> None:
     """Fill the parameters of `model`, which may be a stage of a pipeline, with the weights in `folder`.
 
-    By default each parameter is copied into, in its own type and on its own device; give `assign` for
-    parameters that hold only a part of their tensor.
+    By default each parameter is copied into, in its own type and on its own device; for parameters that
+    hold only a part of their tensor give `assign`, and the whole shapes by name.
 
     Raises ValueError for a folder that is not a Baichuan2 in safetensors, whose tensors are not those its
     config.json calls for, or do not fit the model: one error that names every tensor concerned.
@@ -57,7 +63,7 @@ def load_hf_into(model: nn.Module, folder: Path | str, *, assign: Assign | None 
     problems = _differences(found, expected)
     for name, parameter in model.named_parameters():
         theirs, third = hf_layout.published_name(name)
-        wanted = tuple(parameter.shape)
+        wanted = tuple(parameter.shape) if shapes is None else shapes[name]
         whole = wanted if third is None else (3 * wanted[0], *wanted[1:])
         if expected.get(theirs) != whole:
             problems.append(f"the model's {name} {wanted} has no match in a folder of this config.json")
@@ -72,6 +78,7 @@ def load_hf_into(model: nn.Module, folder: Path | str, *, assign: Assign | None 
                 rows = expected[theirs][0] // 3
                 tensor = file.get_slice(theirs)[third * rows : (third + 1) * rows]
         (assign or _copy)(name, parameter, tensor)
+        del tensor  # before the next is read: a rank may have room for its parts and little else
 
 
 def read_shape(folder: Path | str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from bc2exp.train.trainer import Trainer
 take = Trainer._step
 def step(self, number, *rest):
     if number == 6:
-        self.model.norm.weight.data.fill_(float("nan"))
+        self.layout.model.norm.weight.data.fill_(float("nan"))
     return take(self, number, *rest)
 Trainer._step = step
 """

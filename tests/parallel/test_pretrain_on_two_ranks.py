@@ -43,6 +43,26 @@ def test_ddp_on_two_ranks_is_one_process(two_ranks, one_rank, tmp_path, micro_ba
     assert [len(series) for series in alone] == [8, 8, 2]
 
 
+@pytest.mark.parametrize(
+    "words", [("hardware=2cpu", "parallelism=pp2"), ("hardware=4cpu", "parallelism=tp2_zero3")]
+)
+def test_a_layout_is_one_process(ranks, one_rank, tmp_path, words):
+    """From the configuration to the exported weights; and a run that goes on, in the same layout."""
+    single, several = tmp_path / "single", tmp_path / "several"
+    small_config(single, *STEPS)
+    config = small_config(several, *STEPS, *words, "parallelism.recompute=selective")
+    alone = do(one_rank, single)
+    for series in ranks(config.hardware.num_devices, do, several):
+        for mine, theirs in zip(series, alone, strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-5)
+    one, more = (load_hf(folder / "weights").state_dict() for folder in (single, several))
+    for name, weight in one.items():
+        torch.testing.assert_close(more[name], weight, rtol=0, atol=1e-5)
+    small_config(several, *words, "task.steps=9", "task.eval_every=4", *STEPS[2:])
+    (losses, *_), *_ = ranks(config.hardware.num_devices, do, several)
+    assert len(losses) == 1
+
+
 def test_bf16_is_near_fp32_and_exports_fp32(one_rank, tmp_path):
     found = {}
     for precision in ("fp32", "bf16"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bc2exp.parallel.shard import parallelize
+from bc2exp.parallel.layout import parallelize
+from bc2exp.parallel.mesh import Mesh
 from bc2exp.train import TrainingError
 from bc2exp.train.checkpoint import Progress
 from tests.train.parts import (
@@ -13,6 +14,7 @@ from tests.train.parts import (
     VOCABULARY,
     adamw,
     by_hand,
+    laid_out,
     make_checkpoints,
     make_model,
     make_stream,
@@ -21,16 +23,10 @@ from tests.train.parts import (
 )
 
 
-def laid_out(world, precision="fp32", z_loss_weight=0.0):
-    model = make_model(z_loss_weight)
-    parallelize(model, world, replicate=-1, precision=precision)
-    return model
-
-
 def train(world, folder, precision="fp32", z_loss_weight=0.0, **changes):
     """Train for 4 steps; (weights, losses, gradient norms) as this rank has them."""
-    model = laid_out(world, precision, z_loss_weight)
-    trainer = make_trainer(folder, model, world=world, clip_norm=0.5, **changes)
+    model = laid_out(world, precision=precision, z_loss_weight=z_loss_weight)
+    trainer = make_trainer(folder, model, clip_norm=0.5, **changes)
     trainer.run(0)
     journal = trainer.journal
     return weights_of(model), journal.series("train/loss"), journal.series("train/grad_norm"), journal.steps
@@ -84,14 +80,12 @@ def test_a_step_is_a_mean_over_the_labels_of_all_ranks(two_ranks, one_rank, tmp_
 
 def kinds_in_bf16(world, folder):
     """The types of everything that lasts, and whether the model computed in bf16."""
-    model = laid_out(world, "bf16")
-    optimizer = adamw(model)
+    layout = laid_out(world, precision="bf16")
+    model, optimizer = layout.model, adamw(layout)
     seen = []
     model.layers["0"].mlp.register_forward_hook(lambda module, given, result: seen.append(result.dtype))
-    checkpoints, _ = make_checkpoints(folder, writes=world.rank == 0)
-    make_trainer(
-        folder, model, world=world, optimizer=optimizer, checkpoints=checkpoints, evaluates=True
-    ).run(0)
+    checkpoints, _ = make_checkpoints(folder, world=world)
+    make_trainer(folder, layout, optimizer=optimizer, checkpoints=checkpoints, evaluates=True).run(0)
     lasting = {parameter.dtype for parameter in model.parameters()}
     lasting |= {value.dtype for state in optimizer.state.values() for value in state.values()}
     return lasting, set(seen)
@@ -117,17 +111,17 @@ def test_bf16_stays_near_fp32_and_two_ranks_near_one(two_ranks, one_rank, tmp_pa
 
 def resumed_and_saved(world, source, target, precision):
     """Load the checkpoint in `source` and save it again in `target`."""
-    model = laid_out(world, precision)
+    model = laid_out(world, precision=precision)
     optimizer = adamw(model)
-    progress = make_checkpoints(source)[0].load_newest(model, optimizer)
+    progress = make_checkpoints(source, world=world)[0].load_newest(model, optimizer)
     assert progress == Progress(4, 32)
-    make_checkpoints(target, writes=world.rank == 0)[0].save(model, optimizer, progress)
+    make_checkpoints(target, world=world)[0].save(model, optimizer, progress)
 
 
 def checkpointed(world, folder, precision):
-    model = laid_out(world, precision)
-    checkpoints, _ = make_checkpoints(folder, writes=world.rank == 0)
-    trainer = make_trainer(folder, model, world=world, optimizer=adamw(model), checkpoints=checkpoints)
+    model = laid_out(world, precision=precision)
+    checkpoints, _ = make_checkpoints(folder, world=world)
+    trainer = make_trainer(folder, model, optimizer=adamw(model), checkpoints=checkpoints)
     trainer.run(0)
 
 
@@ -156,15 +150,15 @@ def test_a_checkpoint_of_two_ranks_loads_on_one(two_ranks, one_rank, tmp_path):
 def train_poisoned(world, folder):
     """A sample that only rank 1 sees makes the loss NaN; what each rank says, and whether it moved."""
     stream = make_stream()
-    batches = make_trainer(folder, world=world, micro_batch=2).batches(0)
+    model = laid_out(world)
+    batches = make_trainer(folder, model, micro_batch=2).batches(0)
     samples = [sample for part in batches for sample in part.samples]
     poisoned = world.gather(samples)[1][-1]
     stream.tokens[poisoned * LENGTH + 3] = VOCABULARY - 1
-    model = laid_out(world)
     with torch.no_grad():
-        model.embed_tokens.weight.to_local()[VOCABULARY - 1] = float("nan")
+        model.model.embed_tokens.weight.to_local()[VOCABULARY - 1] = float("nan")
     before = weights_of(model)
-    trainer = make_trainer(folder, model, stream=stream, world=world, micro_batch=2)
+    trainer = make_trainer(folder, model, stream=stream, micro_batch=2)
     try:
         trainer.run(0)
     except TrainingError as error:
@@ -183,12 +177,11 @@ def test_every_rank_refuses_a_loss_that_is_nan_on_one_and_names_its_samples(two_
 
 
 def train_evaluating(world, folder, precision, eval_every):
-    model = laid_out(world, precision)
-    checkpoints, _ = make_checkpoints(folder / str(eval_every), writes=world.rank == 0)
+    model = laid_out(world, precision=precision)
+    checkpoints, _ = make_checkpoints(folder / str(eval_every), world=world)
     trainer = make_trainer(
         folder,
         model,
-        world=world,
         optimizer=adamw(model),
         checkpoints=checkpoints,
         evaluates=True,
@@ -211,7 +204,7 @@ def test_evaluations_change_no_bit_on_two_ranks_either(two_ranks, tmp_path, prec
 def test_one_rank_in_fp32_is_left_as_it_is(one_rank):
     model = make_model()
     kind = type(model)
-    parallelize(model, one_rank, replicate=-1, precision="fp32")
+    parallelize(model, Mesh(one_rank), precision="fp32")
     assert type(model) is kind
-    parallelize(model, one_rank, replicate=-1, precision="bf16")
+    parallelize(model, Mesh(one_rank), precision="bf16")
     assert type(model) is not kind

@@ -58,7 +58,7 @@ def test_a_run_leaves_its_journal(run):
 def test_the_exported_weights_are_those_of_the_last_checkpoint(run):
     folder, _ = run
     exported = load_hf(folder / "weights").state_dict()
-    checkpoint = Checkpoints(folder / "checkpoints", keep=1, writes=False, tell=print).list()[-1]
+    checkpoint = Checkpoints(folder / "checkpoints", keep=1, world=ONE_RANK, tell=print).list()[-1]
     saved = load_file(checkpoint / "model.safetensors")
     assert exported.keys() == saved.keys()
     assert all(torch.equal(exported[name], saved[name]) for name in saved)

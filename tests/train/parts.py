@@ -11,7 +11,9 @@ from bc2exp.data.batches import MicroBatch, evaluation_batches, training_batches
 from bc2exp.data.tokens import TokenStream
 from bc2exp.hardware import get_backend
 from bc2exp.model import Baichuan2, init_weights
-from bc2exp.parallel.shard import whole
+from bc2exp.parallel.layout import Layout, parallelize
+from bc2exp.parallel.mesh import Mesh
+from bc2exp.parallel.shard import local
 from bc2exp.parallel.world import World
 from bc2exp.tracking.journal import NullJournal
 from bc2exp.train.checkpoint import Checkpoints
@@ -57,6 +59,15 @@ def make_model(z_loss_weight: float = 0.0, seed: int = 0) -> Baichuan2:
     return model
 
 
+def laid_out(
+    world: World, *, z_loss_weight: float = 0.0, seed: int = 0, precision: str = "fp32", **degrees: int
+) -> Layout:
+    """The model of `make_model` on the ranks of `world`: copies, unless other degrees are given."""
+    degrees = degrees or {"replicate": world.size}
+    layout = parallelize(make_model(z_loss_weight, seed), Mesh(world, **degrees), precision=precision)
+    return layout
+
+
 def make_stream(num_samples: int = 40, seed: int = 0) -> TokenStream:
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, VOCABULARY - 1, (num_samples * LENGTH + 1,), generator=generator)
@@ -65,7 +76,7 @@ def make_stream(num_samples: int = 40, seed: int = 0) -> TokenStream:
 
 def make_trainer(
     folder: Path,
-    model: Baichuan2 | None = None,
+    model: Baichuan2 | Layout | None = None,
     *,
     stream: TokenStream | None = None,
     micro_batch: int = GLOBAL_BATCH,
@@ -76,13 +87,14 @@ def make_trainer(
 ) -> Trainer:
     """A trainer over 4 steps with plain gradient descent, whose every difference is a gradient's."""
     model = model or make_model()
+    layout = model if isinstance(model, Layout) else parallelize(model, Mesh(world), precision="fp32")
     stream = stream or make_stream()
-    share = {"sequence_length": LENGTH, "rank": world.rank, "num_ranks": world.size}
+    mesh = layout.mesh
+    share = {"sequence_length": LENGTH, "rank": mesh.data_rank, "num_ranks": mesh.num_data_ranks}
     held_out = make_stream(5, seed=1)
     parts: dict[str, Any] = {
-        "model": model,
-        "optimizer": torch.optim.SGD(model.parameters(), lr=lr),
-        "world": world,
+        "layout": layout,
+        "optimizer": torch.optim.SGD(layout.model.parameters(), lr=lr),
         "journal": Memory(),
         # Plain gradient descent keeps no moments, so there is nothing that a checkpoint could hold.
         "checkpoints": NoCheckpoints(folder),
@@ -113,19 +125,20 @@ class NoCheckpoints:
         self.folder = folder
         self.saved: list[int] = []
 
-    def save(self, model, optimizer, progress):
+    def save(self, layout, optimizer, progress):
         assert progress.samples == progress.step * GLOBAL_BATCH
         self.saved.append(progress.step)
         return self.folder / "checkpoints" / f"step-{progress.step}"
 
 
-def make_checkpoints(folder: Path, keep: int = 9, writes: bool = True) -> tuple[Checkpoints, list[str]]:
+def make_checkpoints(folder: Path, keep: int = 9, world: World = ONE_RANK) -> tuple[Checkpoints, list[str]]:
     """Checkpoints in `folder`, and the list of what they tell."""
     told: list[str] = []
-    return Checkpoints(folder / "checkpoints", keep=keep, writes=writes, tell=told.append), told
+    return Checkpoints(folder / "checkpoints", keep=keep, world=world, tell=told.append), told
 
 
-def adamw(model: torch.nn.Module) -> torch.optim.Optimizer:
+def adamw(model: Baichuan2 | Layout) -> torch.optim.Optimizer:
+    model = model.model if isinstance(model, Layout) else model
     return build_optimizer(model, lr=0.01, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 
 
@@ -135,5 +148,6 @@ def by_hand(*rows: list[int], labels: list[list[int]]) -> MicroBatch:
 
 
 def weights_of(model):
-    """All parameters of a model, whole, as one vector."""
-    return torch.cat([whole(parameter.detach()).flatten() for parameter in model.parameters()])
+    """All parameters of a model, whole, as one vector; of copies (`ddp`) or of one rank."""
+    model = model.model if isinstance(model, Layout) else model
+    return torch.cat([local(parameter.detach()).flatten() for parameter in model.parameters()])

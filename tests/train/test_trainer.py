@@ -8,6 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from bc2exp.parallel.layout import parallelize
+from bc2exp.parallel.mesh import Mesh
 from bc2exp.train import TrainingError
 from bc2exp.train.trainer import evaluate
 from tests.train.parts import (
@@ -25,9 +27,13 @@ from tests.train.parts import (
 )
 
 
+def alone(model):
+    return parallelize(model, Mesh(ONE_RANK), precision="fp32")
+
+
 def trained(trainer):
     trainer.run(0)
-    return weights_of(trainer.model)
+    return weights_of(trainer.layout)
 
 
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.02])
@@ -81,7 +87,7 @@ def test_the_z_loss_of_a_step_is_the_mean_over_its_positions(tmp_path):
 def test_evaluation_knows_no_z_loss(tmp_path):
     held_out = make_trainer(tmp_path, evaluates=True).evaluation
     plain, with_z = make_model(), make_model(0.5)
-    assert evaluate(with_z, held_out, ONE_RANK) == evaluate(plain, held_out, ONE_RANK)
+    assert evaluate(alone(with_z), held_out) == evaluate(alone(plain), held_out)
     assert with_z.training
 
 
@@ -92,12 +98,12 @@ def test_evaluation_is_the_mean_over_the_labels_of_whole_rows(tmp_path):
     labels = torch.cat([part.labels for part in held_out])[:5]
     with torch.no_grad():
         expected = torch.nn.functional.cross_entropy(make_model()(rows).flatten(0, 1), labels.flatten())
-    assert evaluate(make_model(), held_out, ONE_RANK) == pytest.approx(expected.item(), rel=1e-6)
+    assert evaluate(alone(make_model()), held_out) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_clipping_scales_the_whole_gradient_to_the_norm(tmp_path):
     free, clipped = (make_trainer(tmp_path, steps=1, lr=1.0, clip_norm=norm) for norm in (None, 0.05))
-    before = weights_of(free.model)
+    before = weights_of(free.layout)
     moved, less = trained(free) - before, trained(clipped) - before
     # what is recorded is the norm before clipping, of both alike
     norm = free.journal.series("train/grad_norm")[0]
@@ -119,8 +125,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(tmp_path):
         step for step in range(5) for part in trainer.batches(step) if part.samples == [17]
     )  # from 0: the steps before it are done
     before = make_trainer(tmp_path, make_model(), stream=make_stream(), micro_batch=1, steps=when)
-    before.optimizer = adamw(before.model)
-    expected = trained(before) if when else weights_of(before.model)
+    before.optimizer = adamw(before.layout)
+    expected = trained(before) if when else weights_of(before.layout)
     with pytest.raises(
         TrainingError, match=rf"^step {when + 1}: the loss is nan; .* after step {when}; training samples 17$"
     ):
@@ -183,9 +189,9 @@ def test_without_intervals_everything_is_done_once_at_the_end(tmp_path):
 
 def test_each_step_has_the_learning_rate_of_the_schedule(tmp_path):
     trainer = make_trainer(tmp_path, lr_at=lambda step: 0.0 if step == 3 else 0.1 / step)
-    positions = [weights_of(trainer.model)]
+    positions = [weights_of(trainer.layout)]
     step = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (step(), positions.append(weights_of(trainer.model)))
+    trainer.optimizer.step = lambda: (step(), positions.append(weights_of(trainer.layout)))
     trainer.run(0)
     assert trainer.journal.series("train/lr") == [0.1, 0.05, 0.0, 0.025]
     moved = [not torch.equal(a, b) for a, b in pairwise(positions)]
