@@ -1,0 +1,78 @@
+"""What a person sees at the end of a run: its report, its verdict, and where everything is.
+
+The reports are drawn from the run folder alone. matplotlib takes half a second, which the door need not pay,
+so their modules are imported late.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+
+def print_report(path: Path, task: str) -> bool:
+    """Print what the run in `path` came to, and write its summary; False for a verdict of fail."""
+    reports: dict[str, Callable[[Path], bool]] = {"plan": _plan, "prepare": _preparation}
+    try:
+        return reports.get(task, _training)(path)
+    except OSError as error:  # the work is done and saved: a report can be made later
+        print(f"bc2exp: the report could not be written: {error}", file=sys.stderr)
+        return True
+
+
+def _training(path: Path) -> bool:
+    from bc2exp.report.plots import plot_loss
+    from bc2exp.report.summary import summarize
+    from bc2exp.report.tables import table
+
+    plot_loss(path)
+    Console().print(table({path.name: summarize(path)}))
+    return True
+
+
+def _preparation(path: Path) -> bool:
+    from bc2exp.report.preparation import summarize_preparation, tables
+
+    for each in tables(summarize_preparation(path)):
+        Console().print(each)
+    return True
+
+
+def _plan(path: Path) -> bool:
+    from bc2exp.report.plan import summarize_plan, tables, verdict
+
+    plan = summarize_plan(path)
+    for each in tables(plan):
+        Console().print(each)
+    print("\n".join([verdict(plan), *(f"assumed: {text}" for text in plan["assumptions"])]))
+    return plan["fits"] is not False
+
+
+def print_places(path: Path, launch_folder: Path, tracking: dict[str, Any], *, resumable: bool) -> None:
+    """Say where everything is, how to look at it, and, of an unfinished run, how to go on."""
+    if (path / "report.json").is_file():
+        store = json.loads((path / "report.json").read_text("utf-8"))["store"]
+        print(f"store    {show(Path(store), launch_folder)}.bin and .idx")
+    if (path / "plan.json").is_file():
+        print(f"plan     {show(path / 'plan.json', launch_folder)}")
+    if (path / "weights").is_dir():
+        print(f"weights  {show(path / 'weights', launch_folder)} (safetensors, Hugging Face layout)")
+    for plot in ("loss.png", "lengths.png"):
+        if (path / plot).is_file():
+            print(f"plot     {show(path / plot, launch_folder)}")
+    checkpoints = sorted((path / "checkpoints").glob("step-*"))
+    if resumable and checkpoints:
+        print(f"resume   the same command again goes on from {show(checkpoints[-1], launch_folder)}")
+    if tracking["enabled"]:
+        print(f"mlflow   mlflow ui --backend-store-uri {shlex.quote(tracking['uri'])}")
+
+
+def show(path: Path, launch_folder: Path) -> str:
+    """A path as a person types it: relative to the launch folder where it lies below."""
+    return str(path.relative_to(launch_folder)) if path.is_relative_to(launch_folder) else str(path)

@@ -1,0 +1,1 @@
+"""What a configuration will take, told without its devices: memory, traffic, operations, time."""
