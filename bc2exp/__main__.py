@@ -18,11 +18,14 @@ from omegaconf import DictConfig
 from bc2exp.config.errors import UserError
 from bc2exp.config.flags import read_flags, refuse_flags, refuse_package
 from bc2exp.config.load import finalize
+from bc2exp.config.nodes import find_nodes
 from bc2exp.config.overrides import parse_word, quote
 from bc2exp.config.preflight import Preflight, preflight, prepare_search_path
 from bc2exp.config.register import register
 from bc2exp.config.roots import data_root
-from bc2exp.launch.folder import RunFolder, claim
+from bc2exp.launch.folder import RunFolder, claim, named_folder
+from bc2exp.launch.join import join_run
+from bc2exp.launch.machine import require
 from bc2exp.launch.run import DONE, WRONG, run_on_ranks, sync_runs
 
 PARENT_TASKS = ("sync",)
@@ -63,7 +66,11 @@ def start(launch_folder: Path, checked: Preflight, words: list[str], *, sweep: b
     """Claim the folder of a single run, and let Hydra run the job or the jobs."""
     chosen = any(parse_word(word).key in ("hydra.run.dir", "hydra.sweep.dir") for word in checked.overrides)
     plain = finalize(checked.jobs[0], launch_folder)
-    if sweep or chosen or plain["task"]["name"] in PARENT_TASKS:
+    nodes = find_nodes(plain)
+    if sweep or plain["task"]["name"] in PARENT_TASKS or nodes.rank > 0:
+        return Door(launch_folder, None).enter(words)
+    require(plain, nodes)  # before Hydra, which would make the chosen folder
+    if chosen:
         return Door(launch_folder, None).enter(words)
     folder = claim(plain, launch_folder, None, datetime.now())
     return Door(launch_folder, folder).enter([*words, f"hydra.run.dir={quote(str(folder.path))}"])
@@ -97,12 +104,18 @@ class Door:
         plain = finalize(config, self._launch_folder)
         if plain["task"]["name"] in PARENT_TASKS:
             return sync_runs(plain, self._launch_folder)
-        context = HydraConfig.get()
-        folder = self._claimed or claim(
-            plain, self._launch_folder, Path(context.runtime.output_dir), datetime.now()
-        )
+        context, nodes = HydraConfig.get(), find_nodes(plain)
+        chosen = Path(context.runtime.output_dir)
+        if nodes.rank > 0:
+            return join_run(named_folder(plain, chosen), plain, nodes, self._launch_folder)
+        folder = self._claimed
+        if folder is None:
+            require(plain, nodes)
+            folder = claim(plain, self._launch_folder, chosen, datetime.now())
         overrides = list(context.overrides.task)
         tags = {"bc2exp.sweep": context.sweep.dir} if context.mode is RunMode.MULTIRUN else {}
+        if nodes.count > 1:
+            tags["bc2exp.nnodes"] = str(nodes.count)
         with folder.lock:
             return run_on_ranks(folder, plain, overrides, self._launch_folder, tags)
 

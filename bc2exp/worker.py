@@ -59,7 +59,8 @@ def run_rank(folder: Path, rank: int) -> None:
     path = folder / "metrics.jsonl"
     journal = Journal(path, last_segment(path) + 1) if rank == 0 else NullJournal()
     world.backend.setup(world.local_rank, world.local_size)
-    world.join()
+    if config.task.on_devices:
+        world.join()
     outcome = get_task(config.task.name)(config, folder, world, journal)
     world.leave()
     journal.event(outcome)

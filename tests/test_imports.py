@@ -23,6 +23,7 @@ LAYERS = (
     ("model", "data", "report"),
     ("weights", "parallel"),
     ("train", "generation"),
+    ("plan",),
     ("evaluation",),
     ("tasks",),
     ("worker",),

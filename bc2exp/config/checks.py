@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bc2exp.config.errors import UserError
 from bc2exp.config.fields import field_of, refusal
+from bc2exp.config.layouts import layout
+from bc2exp.config.nodes import nodes_add_up
 from bc2exp.config.register import TASKS
 from bc2exp.config.root import GROUPS
 from bc2exp.config.roots import absolute, nearest
@@ -35,7 +37,16 @@ def check(config: DictConfig, folder: Path) -> list[str]:
     assert isinstance(values, dict)
     plain = {str(key): value for key, value in values.items()}
     problems += names(config)
-    for relation in (model_shape, steps_and_schedule, layout, data_files, model_files, tracker):
+    for relation in (
+        model_shape,
+        steps_and_schedule,
+        layout,
+        peak,
+        data_files,
+        model_files,
+        nodes_add_up,
+        tracker,
+    ):
         problems += relation(plain, folder)
     return problems
 
@@ -133,26 +144,9 @@ def steps_and_schedule(values: dict[str, Any], folder: Path) -> list[str]:
     return problems
 
 
-def layout(values: dict[str, Any], folder: Path) -> list[str]:
-    """The degrees cover the devices; the batch divides over the ranks."""
-    devices, replicate = values["hardware"]["num_devices"], values["parallelism"]["replicate"]
+def peak(values: dict[str, Any], folder: Path) -> list[str]:
+    """A peak comes with its name."""
     problems = []
-    if replicate == 0 or (replicate != -1 and replicate != devices):
-        problems.append(
-            f"parallelism.replicate={replicate}: hardware.num_devices={devices} needs {devices} (or -1); "
-            f"nearest choice: parallelism={'single' if devices == 1 else 'ddp'}"
-        )
-    task = values["task"]
-    if not problems and "global_batch" in task:
-        batch, micro = task["global_batch"], task["micro_batch"]
-        unit = devices * (micro or 1)
-        if batch % unit:
-            near = max(unit, round(batch / unit) * unit)
-            per_rank = f" x task.micro_batch={micro}" if micro else ""
-            problems.append(
-                f"task.global_batch={batch}: not a multiple of {devices} data-parallel "
-                f"rank{'s' * (devices > 1)}{per_rank} = {unit}; {near} would be"
-            )
     peak, name = values["hardware"]["peak_tflops"], values["hardware"]["peak_name"]
     if (peak is None) != (name is None):
         problems.append(

@@ -16,9 +16,11 @@ class Precision(Enum):
 
 
 class Backend(Enum):
-    """The device families that `bc2exp.hardware` has a module for."""
+    """The device families."""
 
     cpu = "cpu"
+    cuda = "cuda"
+    npu = "npu"
 
 
 @dataclass
@@ -33,3 +35,19 @@ class HardwareConfig:
         "dense peak of a device, TFLOP/s; null: unknown, no MFU", None, above=0
     )
     peak_name: str | None = setting("which peak that is, as MFU is reported with it", None)
+    memory_gib: float | None = setting(
+        "memory of a device, GiB; null: unknown, plans have no verdict", None, above=0
+    )
+    devices_per_node: int | None = setting("devices of a machine; null: all on one", None, minimum=1)
+    link_gb_s: float | None = setting(
+        "GB/s that leave a device for others of its machine in a collective; null: unknown", None, above=0
+    )
+    link_per_pair: bool = setting(
+        "every pair of devices has a link of link_gb_s of its own: n devices reach n - 1 times that", False
+    )
+    network_gb_s: float | None = setting(
+        "GB/s that leave a device for other machines; null: unknown", None, above=0
+    )
+    efficiency: float = setting(
+        "part of the peak that a plan takes training's operations to reach", 0.6, above=0, maximum=1
+    )

@@ -45,15 +45,32 @@ def _make_absolute(node: DictConfig, plain: Any, folder: Path) -> None:
 def digest(plain: dict[str, Any]) -> str:
     """Twelve hex digits that two runs share exactly when they compute the same thing.
 
-    Left out: where it is recorded (`tracking`), how it was started (`task.resume`), and where and by how many
-    processes its data are prepared.
+    Left out: where it is recorded (`tracking`), on which machines (`launch`), how it was started
+    (`task.resume`), and where and by how many processes its data are prepared.
     """
+    text = json.dumps(_computed(plain), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _computed(plain: dict[str, Any]) -> dict[str, Any]:
     task = {key: value for key, value in plain["task"].items() if key != "resume"}
     dataset = {key: value for key, value in plain["dataset"].items() if key not in ("cache", "workers")}
-    rest = {key: value for key, value in plain.items() if key != "tracking"}
-    computed = {**rest, "task": task, "dataset": dataset}
-    text = json.dumps(computed, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    rest = {key: value for key, value in plain.items() if key not in ("tracking", "launch")}
+    return {**rest, "task": task, "dataset": dataset}
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, value here, value there) of what makes two configurations two runs: the digest's business."""
+    mine, others = _flat(_computed(here)), _flat(_computed(there))
+    keys = dict.fromkeys([*mine, *others])
+    return [(key, mine.get(key), others.get(key)) for key in keys if mine.get(key) != others.get(key)]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    parts = (_flat(value, f"{prefix}.{key}" if prefix else str(key)) for key, value in node.items())
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def read(path: Path) -> Config:

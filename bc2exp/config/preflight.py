@@ -39,6 +39,7 @@ from bc2exp.config.hydra_settings import (
     refuse_folder,
     refuse_setting,
 )
+from bc2exp.config.nodes import shared_folder
 from bc2exp.config.overrides import (
     MAX_JOBS,
     Reading,
@@ -252,7 +253,7 @@ class _Inspection:
             for text in job[len(groups) :]:
                 assign(config, parse_word(text).key, parse(text).value())
             configs.append(config)
-            for problem in check(config, self.folder):
+            for problem in check(config, self.folder) or shared_folder(config, self.texts, sweep=self.sweep):
                 consequence = any("." in key and key in problem for key in self.blamed)
                 if not consequence and problem not in self.problems:
                     self.problems.append(problem)

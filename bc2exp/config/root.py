@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from bc2exp.config.dataset import DatasetConfig
 from bc2exp.config.fields import setting
 from bc2exp.config.hardware import HardwareConfig
+from bc2exp.config.launch import LaunchConfig
 from bc2exp.config.model import ModelConfig
 from bc2exp.config.parallelism import ParallelismConfig
 from bc2exp.config.task import TaskConfig
@@ -27,7 +28,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """Five groups, the tracker and the seed."""
+    """Five groups, the tracker, the machines and the seed."""
 
     model: ModelConfig = setting("model")
     hardware: HardwareConfig = setting("hardware")
@@ -35,4 +36,5 @@ class Config:
     dataset: DatasetConfig = setting("data")
     task: TaskConfig = setting("task")
     tracking: TrackingConfig = setting("MLflow")
+    launch: LaunchConfig = setting("several machines")
     seed: int = setting("seeds fresh weights and the order of samples", 1234, minimum=0, maximum=2**63 - 1)

@@ -74,6 +74,20 @@ class PrepareConfig(TaskConfig):
 
 
 @dataclass
+class PlanConfig(TaskConfig):
+    """What a run would take, told without its devices."""
+
+    on_devices: ClassVar[bool] = False
+
+    global_batch: int = setting("samples an optimizer step, over all devices", minimum=1)
+    micro_batch: int | None = setting("samples a forward pass on one device; null: a rank's share", minimum=1)
+    alternatives: int = setting("other layouts to list: the nearest that fit, or the fastest", 5, minimum=0)
+    reserve: float = setting(
+        "part of the memory that a plan leaves to the runtime and to fragmentation", 0.1, minimum=0, below=1
+    )
+
+
+@dataclass
 class SyncConfig(TaskConfig):
     """Bring MLflow up to what run folders hold."""
 

@@ -6,14 +6,15 @@ Importing this package loads no torch, so that the parent process may ask `count
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 from bc2exp.hardware.probe import KNOWN_BACKENDS, count_devices
 
 if TYPE_CHECKING:
-    from bc2exp.hardware.base import Backend
+    from bc2exp.hardware.base import Backend, Ops
 
-__all__ = ["HOST", "KNOWN_BACKENDS", "count_devices", "get_backend"]
+__all__ = ["HOST", "KNOWN_BACKENDS", "count_devices", "get_backend", "has_backend", "planning_ops"]
 
 HOST = "cpu"
 """The backend of tasks that need no device: every machine has it."""
@@ -28,3 +29,20 @@ def get_backend(name: str) -> Backend:
         raise ValueError(f"unknown backend {name!r}; known: {', '.join(KNOWN_BACKENDS)}")
     backend: Backend = importlib.import_module(f"bc2exp.hardware.{name}").BACKEND
     return backend
+
+
+def has_backend(name: str) -> bool:
+    """Whether there is a module that computes on devices of the kind `name`; it is not imported."""
+    return importlib.util.find_spec(f"bc2exp.hardware.{name}") is not None
+
+
+def planning_ops(name: str) -> Ops:
+    """The operations of the backend `name` for tensors without storage: what they keep is what counts.
+
+    The host's own are run as they are; of a device that may not be here, `planned` knows what they keep.
+    """
+    if name == HOST:
+        return get_backend(HOST).ops
+    from bc2exp.hardware.planned import OPS
+
+    return OPS

@@ -6,7 +6,10 @@ reads the operating system only.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 
 def _count_cpu() -> int | None:
@@ -14,7 +17,30 @@ def _count_cpu() -> int | None:
     return None
 
 
-_PROBES: dict[str, Callable[[], int | None]] = {"cpu": _count_cpu}
+def _count_cuda(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> int | None:
+    """GPUs of NVIDIA's driver that CUDA_VISIBLE_DEVICES leaves; of slices (MIG), those it names."""
+    # A container may see the driver's list of all cards, but has the device files of its own.
+    cards = len([file for file in root.glob("dev/nvidia*") if re.fullmatch(r"nvidia\d+", file.name)])
+    cards = cards or len(list(root.glob("proc/driver/nvidia/gpus/*")))
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None or not cards:
+        return cards
+    count = 0
+    for name in map(str.strip, chosen.split(",")):
+        number = int(name) if re.fullmatch(r"\d+", name) else None
+        # The driver ends the list at the first name that it does not know, such as -1.
+        if not (name.startswith(("GPU-", "MIG-")) if number is None else number < cards):
+            break
+        count += 1
+    return count
+
+
+def _count_npu(root: Path = Path("/")) -> int | None:
+    """NPUs that the driver shows to this machine or container."""
+    return len([file for file in root.glob("dev/davinci*") if re.fullmatch(r"davinci\d+", file.name)])
+
+
+_PROBES: dict[str, Callable[[], int | None]] = {"cpu": _count_cpu, "cuda": _count_cuda, "npu": _count_npu}
 
 KNOWN_BACKENDS: tuple[str, ...] = tuple(_PROBES)
 """Names of the backends; each has a module of that name in this package holding a `BACKEND`."""
@@ -30,12 +56,18 @@ def count_devices(backend: str) -> int | None:
     return _PROBES[backend]()
 
 
-def rank_environment(backend: str, num_ranks: int) -> dict[str, str]:
-    """Environment variables for each of `num_ranks` ranks of a host; what the person has set comes first."""
+def rank_environment(backend: str, num_ranks: int, interface: str | None = None) -> dict[str, str]:
+    """Environment variables for each of `num_ranks` ranks of a host; what the person has set comes first.
+
+    `interface` is the network interface that leads to the other hosts of the run, where there are any.
+    """
     if backend != "cpu":
         return {}
     # OpenMP's idle threads spin by default: with several processes on few cores they keep the busy ones out.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     if num_ranks > 1:
         environment["OMP_NUM_THREADS"] = "1"
+    if interface is not None:
+        # Left alone, gloo takes the address that the host's own name has, often the loopback's.
+        environment["GLOO_SOCKET_IFNAME"] = interface
     return environment

@@ -61,7 +61,7 @@ def claim(plain: dict[str, Any], launch_folder: Path, chosen: Path | None, now: 
     with writable(chosen or new):
         resume = plain["task"].get("resume", "never")
         if resume not in ("auto", "never"):
-            return _continue_named(plain, Path(resume))
+            return _continue_named(plain, named_folder(plain, new))
         if chosen is not None and (chosen / RUN_FILE).is_file():
             return _continue_chosen(plain, chosen, resume)
         if resume == "auto":
@@ -69,6 +69,12 @@ def claim(plain: dict[str, Any], launch_folder: Path, chosen: Path | None, now: 
             if unfinished is not None:
                 return _own(unfinished, resumed=True)
         return _own(_create(new) if chosen is None else _empty(chosen), resumed=False)
+
+
+def named_folder(plain: dict[str, Any], chosen: Path) -> Path:
+    """The folder that `task.resume` names, else the chosen one."""
+    resume = plain["task"].get("resume", "never")
+    return chosen if resume in ("auto", "never") else Path(resume)
 
 
 def newest_unfinished(runs: Path, config_digest: str) -> Path | None:
@@ -124,9 +130,14 @@ def _continue_chosen(plain: dict[str, Any], chosen: Path, resume: str) -> RunFol
             f"hydra.run.dir={chosen}: holds a run of another configuration; name another folder, or continue "
             f"that run with this configuration by task.resume={chosen}"
         )
+    refuse_finished(chosen)
+    return _own(chosen, resumed=True)
+
+
+def refuse_finished(chosen: Path) -> None:
+    """Raise UserError where the folder that `hydra.run.dir` names holds a run that is done."""
     if _is_finished(chosen):
         raise UserError(f"hydra.run.dir={chosen}: this run is finished; name another folder to run it again")
-    return _own(chosen, resumed=True)
 
 
 def _is_finished(folder: Path) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from bc2exp.config.nodes import ALONE, Nodes
 from bc2exp.hardware.probe import rank_environment
 
 # What torchrun writes of each rank that did not end with 0, and of those that it ended itself.
@@ -29,29 +31,48 @@ class Failure:
     Attributes:
         kind: `user`, `training`, `disk`, `crash`, or `lost` (killed from outside).
         text: a sentence, or for a crash the traceback.
+        time: Unix time at which a rank reported it, seconds.
     """
 
     kind: str
     text: str
+    time: float = field(default=math.inf, compare=False)
 
 
 class Ranks:
-    """One process, or several under torchrun. They end when this process does."""
+    """One process, or several under torchrun. They end when this process does.
 
-    def __init__(self, folder: Path, backend: str, num_ranks: int) -> None:
+    Args:
+        folder: the run folder.
+        backend: what they compute on.
+        num_ranks: ranks of this machine.
+        nodes: the machines of the run.
+        interface: the network interface that leads to the other machines, where it is known.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        backend: str,
+        num_ranks: int,
+        nodes: Nodes = ALONE,
+        interface: str | None = None,
+    ) -> None:
         self._folder = folder
-        self._num_ranks = num_ranks
+        self._nodes = nodes
+        self._under_torchrun = num_ranks > 1 or nodes.count > 1
         logs = folder / "logs"
-        for old in logs.glob("rank-*.error.json"):
-            old.unlink()
+        if nodes.rank == 0:
+            for old in logs.glob("rank-*.error.json"):
+                old.unlink()
         command = [sys.executable, "-m"]
-        if num_ranks > 1:
-            command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m"]
+        if self._under_torchrun:
+            command += ["torch.distributed.run", *_meeting(nodes), f"--nproc-per-node={num_ranks}", "-m"]
         command += ["bc2exp.worker", str(folder)]
         # Installed device plug-ins load themselves on `import torch` and fail without their drivers;
         # the backend's module imports what it needs.
         fixed = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONUNBUFFERED": "1"}
-        self._launcher_log = logs / "launcher.log"
+        self._launcher_log = logs / ("launcher.log" if nodes.count == 1 else f"launcher-{nodes.rank}.log")
         lifeline, self._writer = os.pipe()
         with self._launcher_log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -59,7 +80,7 @@ class Ranks:
                 stdin=lifeline,
                 stdout=log,
                 stderr=log,
-                env={**rank_environment(backend, num_ranks), **os.environ, **fixed},
+                env={**rank_environment(backend, num_ranks, interface), **os.environ, **fixed},
                 start_new_session=True,  # Ctrl-C is the parent's to answer
             )
         os.close(lifeline)
@@ -92,25 +113,26 @@ class Ranks:
         killed = self._killed(code)
         if killed is not None:
             return Failure("lost", killed)
-        kind, text = self._cause(code)
+        kind, text, time = self._cause(code)
         if kind == "disk":
             text = f"the disk of {self._folder} is full ({text}); make room, and the same command goes on"
-        return Failure(kind, text)
+        return Failure(kind, text, time)
 
-    def _cause(self, code: int) -> tuple[str, str]:
+    def _cause(self, code: int) -> tuple[str, str, float]:
         errors = [json.loads(file.read_text()) for file in (self._folder / "logs").glob("rank-*.error.json")]
         if errors:
             first = min(errors, key=lambda error: error["time"])
-            return first["kind"], first["text"].rstrip()
+            return first["kind"], first["text"].rstrip(), first["time"]
         if shutil.disk_usage(self._folder).free < _LITTLE_ROOM:
-            return "disk", "there was no room to say more"
+            return "disk", "there was no room to say more", math.inf
         how = f"the ranks ended with code {code} before they could say why"
-        return "crash", f"{how}; the last lines of their logs:\n{self._last_lines()}"
+        return "crash", f"{how}; the last lines of their logs:\n{self._last_lines()}", math.inf
 
     def _killed(self, code: int) -> str | None:
         """The sentence for a process that a signal from outside ended."""
         if code < 0:
-            who = "rank 0" if self._num_ranks == 1 else "torchrun, which started the ranks,"
+            where = f" of node {self._nodes.rank}" if self._nodes.count > 1 else ""
+            who = f"torchrun, which started the ranks{where}," if self._under_torchrun else "rank 0"
             return f"{who} was killed by {_signal_name(-code)}"
         log = self._launcher_log.read_text(errors="replace")
         by_torchrun = _ENDED_BY_TORCHRUN.findall(log)
@@ -123,6 +145,20 @@ class Ranks:
         files = [self._launcher_log, *sorted((self._folder / "logs").glob("rank-*.log"))]
         texts = [file.read_text(errors="replace") for file in files if file.exists()]
         return "\n".join([line for text in texts for line in text.splitlines()][-_MOST_LINES:])
+
+
+def _meeting(nodes: Nodes) -> list[str]:
+    """How the torchruns find each other. Static: c10d's own meeting numbers machines by their names, so that
+    rank 0 could land on another than node 0."""
+    if nodes.count == 1:
+        return ["--standalone"]
+    return [
+        "--rdzv-backend=static",
+        f"--nnodes={nodes.count}",
+        f"--node-rank={nodes.rank}",
+        f"--master-addr={nodes.host}",
+        f"--master-port={nodes.port}",
+    ]
 
 
 def _signal_name(number: int) -> str:

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from bc2exp.config.errors import UserError
-from bc2exp.config.register import TASKS
-from bc2exp.hardware import HOST, count_devices
+from bc2exp.config.nodes import Nodes, find_nodes
+from bc2exp.launch.closing import print_places, print_report, show
 from bc2exp.launch.folder import RunFolder, writable
+from bc2exp.launch.machine import needed_devices
+from bc2exp.launch.nodes import Alone, Others
 from bc2exp.launch.ranks import Failure, Ranks
 from bc2exp.launch.record import write_record
 from bc2exp.launch.terminal import StopRequests, lasting_screen, stop_requests
 from bc2exp.launch.tracker import NoTracker, Tracker, sync
-from bc2exp.report.summary import summarize
 from bc2exp.tracking.journal import Journal, Tail, last_segment, outcome
 from bc2exp.tracking.progress import Progress
 
@@ -34,44 +31,64 @@ def run_on_ranks(
 ) -> int:
     """Do a task on its ranks from start to end; returns the exit code.
 
-    Raises UserError for devices that are missing and for a folder that cannot be written to.
+    Of several machines this is node 0's part; `join.join_run` is that of the others.
+
+    Raises UserError for a folder that cannot be written to.
     """
-    path = folder.path
-    require_devices(plain)
+    path, nodes = folder.path, find_nodes(plain)
     with writable(path):
         (path / "stop").unlink(missing_ok=True)
         (path / "logs").mkdir(exist_ok=True)
         run = write_record(folder, plain, overrides, launch_folder, tags)
+        others = Alone() if nodes.count == 1 else Others(path, nodes)
     segment = last_segment(path / "metrics.jsonl") + 1
     with stop_requests() as requests, lasting_screen():
         print(f"{'resuming' if folder.resumed else 'run'}: {show(path, launch_folder)}", flush=True)
         tracker = (
             Tracker(path, plain["tracking"]["patience_s"]) if run["tracking"]["enabled"] else NoTracker()
         )
-        failure = watch(path, plain, requests, launch_folder)
+        failure = watch(path, plain, nodes, others, requests, launch_folder)
         code = conclude(path, failure, segment, launch_folder)
-        if code in (DONE, STOPPED):
-            print_report(path)
+        others.end(code, failure.text.splitlines()[-1] if failure and code in (FAILED, WRONG) else "")
+        if code in (DONE, STOPPED) and not print_report(path, plain["task"]["name"]):
+            code = FAILED
         heard = requests.count
         complaint = tracker.close(give_up=lambda: requests.count > heard)
         if complaint:
             print(f"bc2exp: {complaint}", file=sys.stderr)
-        print_places(path, run, launch_folder, code)
+        print_places(path, launch_folder, run["tracking"], resumable=code in (FAILED, STOPPED))
     return code
 
 
-def watch(path: Path, plain: dict[str, Any], requests: StopRequests, launch_folder: Path) -> Failure | None:
+def watch(
+    path: Path,
+    plain: dict[str, Any],
+    nodes: Nodes,
+    others: Alone | Others,
+    requests: StopRequests,
+    launch_folder: Path,
+) -> Failure | None:
     """Start the ranks and show their progress until they have ended; why they failed, if they did."""
+    if nodes.count > 1:
+        print(f"node 0 of {nodes.count}: waiting for the other{'s' * (nodes.count > 2)}", flush=True)
+    failure = others.gather(give_up=lambda: max(requests.count, others.stops) > 0)
+    if failure is not None:
+        return failure
     tail = Tail(path / "metrics.jsonl")
     tail.poll()  # what earlier segments wrote has been shown already
-    ranks = Ranks(path, *needed_devices(plain))
+    ranks = Ranks(path, *needed_devices(plain, nodes), nodes, others.interface)
+    others.go()
     with Progress(None) as progress:
         answered = 0
         running = True
         while running:
             running = ranks.running()  # asked before the journal, so that its last lines are shown, too
-            if requests.count > answered:
-                answered = requests.count
+            if others.overdue():
+                ranks.kill()
+                return others.settle(None)
+            # Not their sum: a batch system tells every machine, and means it once.
+            if (asked := max(requests.count, others.stops)) > answered:
+                answered = asked
                 if answered > 1:
                     ranks.kill()
                     return Failure("lost", "ended at once on request; the last checkpoint stands")
@@ -82,7 +99,7 @@ def watch(path: Path, plain: dict[str, Any], requests: StopRequests, launch_fold
                 progress.update(as_shown(record, path, launch_folder))
             time.sleep(_POLL_SECONDS if running else 0)
     ranks.close()
-    return ranks.failure()
+    return others.settle(ranks.failure())
 
 
 def as_shown(record: dict[str, Any], path: Path, launch_folder: Path) -> dict[str, Any]:
@@ -113,64 +130,6 @@ def conclude(path: Path, failure: Failure | None, segment: int, launch_folder: P
     except OSError as error:  # a full disk, which may be why it failed; no outcome counts as failed, too
         print(f"bc2exp: the outcome could not be written to {file}: {error.strerror}", file=sys.stderr)
     return WRONG if failure.kind == "user" else FAILED
-
-
-def needed_devices(plain: dict[str, Any]) -> tuple[str, int]:
-    """Kind and number of the devices that the task is done on, a rank each."""
-    if not TASKS[plain["task"]["name"]].on_devices:
-        return HOST, 1
-    return plain["hardware"]["backend"], plain["hardware"]["num_devices"]
-
-
-def require_devices(plain: dict[str, Any]) -> None:
-    """Raise UserError where this machine has fewer devices than the configuration asks for."""
-    backend, wanted = needed_devices(plain)
-    present = count_devices(backend)
-    if present is not None and present < wanted:
-        raise UserError(
-            f"hardware={plain['hardware']['name']}: asks for {wanted} {backend} devices, "
-            f"this machine has {present}"
-        )
-
-
-def print_report(path: Path) -> None:
-    """Draw the loss and print the summary's table; of a preparation, what it counted."""
-    from bc2exp.report.plots import plot_loss  # matplotlib takes half a second, which the door need not pay
-    from bc2exp.report.preparation import summarize_preparation, tables
-    from bc2exp.report.tables import table
-
-    try:
-        if (path / "report.json").is_file():
-            for each in tables(summarize_preparation(path)):
-                Console().print(each)
-            return
-        plot_loss(path)
-        Console().print(table({path.name: summarize(path)}))
-    except OSError as error:  # the training is done and saved: a report can be made later
-        print(f"bc2exp: the report could not be written: {error}", file=sys.stderr)
-
-
-def print_places(path: Path, run: dict[str, Any], launch_folder: Path, code: int) -> None:
-    """Say where everything is, how to look at it, and how to go on."""
-    if (path / "report.json").is_file():
-        store = json.loads((path / "report.json").read_text("utf-8"))["store"]
-        print(f"store    {show(Path(store), launch_folder)}.bin and .idx")
-    if (path / "weights").is_dir():
-        print(f"weights  {show(path / 'weights', launch_folder)} (safetensors, Hugging Face layout)")
-    for plot in ("loss.png", "lengths.png"):
-        if (path / plot).is_file():
-            print(f"plot     {show(path / plot, launch_folder)}")
-    checkpoints = sorted((path / "checkpoints").glob("step-*"))
-    if code in (FAILED, STOPPED) and checkpoints:
-        print(f"resume   the same command again goes on from {show(checkpoints[-1], launch_folder)}")
-    tracking = run["tracking"]
-    if tracking["enabled"]:
-        print(f"mlflow   mlflow ui --backend-store-uri {shlex.quote(tracking['uri'])}")
-
-
-def show(path: Path, launch_folder: Path) -> str:
-    """A path as a person types it: relative to the launch folder where it lies below."""
-    return str(path.relative_to(launch_folder)) if path.is_relative_to(launch_folder) else str(path)
 
 
 def sync_runs(plain: dict[str, Any], launch_folder: Path) -> int:

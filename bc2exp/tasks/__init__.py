@@ -19,6 +19,10 @@ def get_task(name: str) -> Task:
         from bc2exp.tasks.pretrain import pretrain
 
         return pretrain
+    if name == "plan":
+        from bc2exp.tasks.plan import plan
+
+        return plan
     if name == "prepare":
         from bc2exp.tasks.prepare import prepare
 

@@ -55,6 +55,7 @@ _ARTIFACTS = (
     "summary.json",
     "loss.png",
     "report.json",
+    "plan.json",
     "lengths.png",
     "metrics.jsonl",
     "differences.jsonl",

@@ -21,6 +21,25 @@ EXPERIMENTS = [
 HARDWARE = [name for group, name in FILES if group == "hardware"]
 NEEDED = {"text": ["dataset.path=mine.txt"], "alpaca": ["dataset.path=mine.txt"]}
 """What a user has to name with a choice, as no file can."""
+DEVICES = {
+    "hsdp": 4,
+    "pp2": 2,
+    "pp2_zero2": 4,
+    "pp4": 4,
+    "tp2": 2,
+    "tp2_ddp": 4,
+    "tp2_pp2": 4,
+    "tp2_pp2_dp2": 8,
+    "tp2_zero3": 4,
+    "tp4": 4,
+    "tp4_zero2": 8,
+    "tp4_zero3": 8,
+    "tp8": 8,
+    "tp8_pp2_ddp": 16,
+    "tp8_zero2": 16,
+}
+"""Devices for a layout that one does not do for."""
+NEEDED |= {name: [f"hardware.num_devices={number}", "model.num_layers=4"] for name, number in DEVICES.items()}
 
 # facts/recipes.md: ModelLink's pretraining on 8 NPUs
 PRETRAIN = {
@@ -103,7 +122,7 @@ def test_every_file_composes(group: str, name: str, untouched: Path) -> None:
 @pytest.mark.parametrize(("group", "name"), FILES)
 def test_the_first_default_of_every_file_is_its_schema_or_a_file_that_has_it(group: str, name: str) -> None:
     first = OmegaConf.load(CONF / group / f"{name}.yaml").defaults[0]
-    if first not in ("schema", "/hardware/schema@hardware", f"{name}_schema"):
+    if first not in ("schema", f"/{group}/schema@{group}", f"{name}_schema", f"/task/{name}_schema@task"):
         assert (group, first) in FILES
 
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,11 @@ class Launch:
         self.aside.mkdir()
         self._commands: list[Command] = []
 
-    def start(self, *words: str, inject: str = "", **how: Any) -> Command:
+    def start(self, *words: str, inject: str = "", machine: Sequence[str] = (), **how: Any) -> Command:
         """Type `python -m bc2exp` with the words of the small training and these.
 
         `inject` is Python that every rank runs first; it finds its number in RANK, and ASIDE is a folder.
+        `machine` are the words before the command that run it on a machine of the test's own.
         `how` goes to subprocess.Popen; a preexec_fn must call `like_a_shell`.
         """
         number = len(self._commands)
@@ -175,7 +176,7 @@ class Launch:
                 **how,
             }
             process = subprocess.Popen(
-                [sys.executable, "-m", "bc2exp", *small_words(*words)],
+                [*machine, sys.executable, "-m", "bc2exp", *small_words(*words)],
                 cwd=self.folder,
                 env=environment,
                 **parts,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from bc2exp.config.nodes import Nodes
 from bc2exp.hardware.probe import rank_environment
 from bc2exp.launch import ranks as module
 from bc2exp.launch.ranks import Failure, Ranks
@@ -49,7 +50,7 @@ def remains(tmp_path, monkeypatch):
 
     def start(command, **how):
         started.append((command, how))
-        return Ended(started[0])
+        return Ended(0)
 
     monkeypatch.setattr(module.subprocess, "Popen", start)
 
@@ -134,6 +135,29 @@ def test_ranks_get_the_environment_that_suits_them_unless_the_person_said_otherw
     assert how["env"]["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     assert how["start_new_session"]
     assert ("torch.distributed.run" in command) == (num_ranks > 1)
+
+
+def test_several_machines_meet_by_their_numbers_and_keep_their_own_torchrun_log(remains, tmp_path):
+    stale = tmp_path / "logs" / "rank-0.error.json"
+    for rank in (0, 1):
+        stale.write_text("{}")
+        Ranks(tmp_path, "cpu", 1, Nodes(2, rank, "zulu:29500", 1.0), "eth0").close()
+        command, how = remains.started[-1]
+        words = " ".join(command)
+        assert "torch.distributed.run --rdzv-backend=static --nnodes=2 " in words
+        assert f"--node-rank={rank} --master-addr=zulu --master-port=29500 --nproc-per-node=1 -m" in words
+        assert how["stdout"].name == str(tmp_path / "logs" / f"launcher-{rank}.log")
+        assert how["env"]["GLOO_SOCKET_IFNAME"] == "eth0"
+        # ranks of node 0 may have reported already when those of node 1 start
+        assert stale.exists() == (rank == 1)
+
+
+def test_a_killed_torchrun_of_several_machines_is_told_with_its_machine(remains, tmp_path):
+    ranks = Ranks(tmp_path, "cpu", 1, Nodes(2, 1, "zulu:29500", 1.0))
+    ranks.close()
+    ranks._process = Ended(-9)
+    said = "torchrun, which started the ranks of node 1, was killed by SIGKILL (signal 9)"
+    assert ranks.failure() == Failure("lost", said)
 
 
 def test_what_suits_them():
