@@ -86,6 +86,7 @@ def test_the_first_command_learns_and_is_recorded(tmp_path: Path) -> None:
     assert f"mlflow ui --backend-store-uri sqlite:///{tmp_path / 'mlflow.db'}" in seen
 
 
+@pytest.mark.slow
 def test_the_13b_kind_learns_too(tmp_path: Path) -> None:
     run, _ = run_command(tmp_path, "model=tiny_13b", "task.steps=40", "tracking.enabled=false")
     losses = series(run, "train/loss")

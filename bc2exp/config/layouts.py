@@ -19,7 +19,11 @@ def layout(values: dict[str, Any], folder: Path) -> list[str]:
     except ValueError as error:
         problems = [_cannot_lay_out(values, wanted, str(error))]
     else:
-        problems = list(_does_not_fit(values, found))
+        nearest = _nearest(values, found)
+        problems = [
+            f"{problem}; nearest choice: {nearest}" if nearest else problem
+            for problem in _does_not_fit(values, found)
+        ]
         if not problems and "global_batch" in values["task"]:
             problems += _batch_problems(values["task"], found)
     if parallelism["sequence_parallel"] and parallelism["tensor"] == 1:
@@ -35,13 +39,23 @@ def _cannot_lay_out(values: dict[str, Any], wanted: dict[str, int], reason: str)
     devices = values["hardware"]["num_devices"]
     keys = [axis for axis in AXES if wanted[axis] != 1] or ["replicate"]
     said = ", ".join(f"parallelism.{axis}={wanted[axis]}" for axis in keys)
+    if wanted == dict.fromkeys(AXES, 1):
+        return f"{said}: hardware.num_devices={devices} needs {devices}; nearest choice: parallelism=ddp"
+    nearest = _nearest(values, wanted)
+    if not nearest:
+        return f"{said}: {reason}, nor in any other way with this model; fewer devices would do"
+    simple = "parallelism=single, or " if devices == 1 else ""
+    return f"{said}: hardware.num_devices={devices}: {reason}; nearest choice: {simple}{nearest}"
+
+
+def _nearest(values: dict[str, Any], wanted: dict[str, int]) -> str:
+    """The overrides that lead to the nearest degrees that cover the devices and fit the model; "" for none."""
+    devices = values["hardware"]["num_devices"]
     choices = [
         choice for choice in _factorizations(devices, len(AXES)) if not any(_does_not_fit(values, choice))
     ]
-    if wanted == dict.fromkeys(AXES, 1):
-        return f"{said}: hardware.num_devices={devices} needs {devices}; nearest choice: parallelism=ddp"
     if not choices:
-        return f"{said}: {reason}, nor in any other way with this model; fewer devices would do"
+        return ""
 
     def distance(choice: dict[str, int]) -> float:
         return sum(abs(math.log(choice[axis] / wanted[axis])) for axis in AXES if wanted[axis] > 0)
@@ -49,13 +63,11 @@ def _cannot_lay_out(values: dict[str, Any], wanted: dict[str, int], reason: str)
     # Of two as near the one with more data ranks: it asks the least of the wires between devices.
     near = min(choices, key=lambda choice: (distance(choice), -choice["replicate"], -choice["shard"]))
     open_axes = [axis for axis in AXES if wanted[axis] == -1]
-    words = [
+    return " ".join(
         f"parallelism.{axis}={near[axis]}"
         for axis in AXES
         if near[axis] != wanted[axis] and [axis] != open_axes  # the one that takes what is left still does
-    ]
-    simple = "parallelism=single, or " if devices == 1 else ""
-    return f"{said}: hardware.num_devices={devices}: {reason}; nearest choice: {simple}{' '.join(words)}"
+    )
 
 
 def _factorizations(number: int, parts: int) -> Iterator[dict[str, int]]:
@@ -76,26 +88,18 @@ def _does_not_fit(values: dict[str, Any], found: dict[str, int]) -> Iterator[str
     divided = {"model.num_heads": model["num_heads"]}
     if values["parallelism"]["sequence_parallel"]:
         divided["dataset.sequence_length"] = length
-    near = min(
-        (number for number in range(1, 2 * tensor) if not any(size % number for size in divided.values())),
-        key=lambda number: (abs(number - tensor), number),
-    )
     for key, size in divided.items():
         if size % tensor:
-            other = ", or parallelism.sequence_parallel=false" if key.startswith("dataset") else ""
-            yield f"parallelism.tensor={tensor}: does not divide {key}={size}; {near} would{other}"
+            other = "; parallelism.sequence_parallel=false would do" if key.startswith("dataset") else ""
+            yield f"parallelism.tensor={tensor}: does not divide {key}={size}{other}"
     for key in ("vocab_size", "intermediate_size"):
         size = model[key]
         if size is not None and not shares(size, tensor):
-            fitting = max(number for number in range(1, tensor) if shares(size, number))
-            yield (
-                f"parallelism.tensor={tensor}: leaves some ranks nothing of model.{key}={size}; "
-                f"{fitting} would do"
-            )
+            yield f"parallelism.tensor={tensor}: leaves some ranks nothing of model.{key}={size}"
     if pipeline > model["num_layers"]:
         yield (
             f"parallelism.pipeline={pipeline}: model.num_layers={model['num_layers']} leaves stages without "
-            f"a layer; {model['num_layers']} would do"
+            "a layer"
         )
 
 

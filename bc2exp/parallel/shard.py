@@ -96,13 +96,13 @@ def complete_gradients(model: nn.Module, mesh: Mesh) -> None:
 
 def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     """What this rank adds to the squared norm of the whole gradient: what several ranks have counts once."""
-    cut: list[Tensor] = []
-    whole: list[Tensor] = []
+    total = torch.zeros((), device=mesh.world.device)
     for name, gradient in gradients(model):
-        (whole if tensor_cut(name).dim is None else cut).append(gradient)
-    norms = (nn.utils.get_total_norm(part).to(mesh.world.device) for part in (cut, whole))
-    of_cut, of_whole = (norm.float().square() for norm in norms)
-    return (of_cut + of_whole / mesh.tensor) / mesh.replicate
+        # Row by row: one fp32 sum over a hundred million squares is wrong by half a per cent.
+        rows = torch.linalg.vector_norm(gradient.float(), dim=-1)
+        copies = 1 if tensor_cut(name).dim is not None else mesh.tensor
+        total += rows.square().sum() / copies
+    return total / mesh.replicate
 
 
 def scale_gradients(model: nn.Module, factor: float) -> None:

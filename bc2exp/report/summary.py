@@ -39,6 +39,8 @@ class History:
     first_steps: set[int] = field(default_factory=set)
     """The first recorded step of each segment: it pays for the start."""
     events: list[dict[str, Any]] = field(default_factory=list)
+    devices: dict[int, int] = field(default_factory=dict)
+    """{optimizer step: ranks that ran it}, as far as the starts of the segments tell."""
     seconds: float = 0.0
     """From the first to the last line of each segment, summed: without the time between segments."""
 
@@ -55,14 +57,19 @@ def history(path: str | os.PathLike[str]) -> History:
     begin: dict[int, float] = {}
     end: dict[int, float] = {}
     stepped: set[int] = set()
+    ranks: dict[int, int] = {}
     for record in journal.read(path):
         segment = record["segment"]
         begin.setdefault(segment, record["time"])
         end[segment] = record["time"]
         if "event" in record:
             result.events.append(record)
+            if record["event"] == "start" and "world_size" in record:
+                ranks[segment] = record["world_size"]
             continue
         step = record["step"]
+        if segment in ranks:
+            result.devices.setdefault(step, ranks[segment])
         if segment not in stepped and SECONDS in record["metrics"]:
             stepped.add(segment)
             result.first_steps.add(step)
@@ -126,10 +133,11 @@ def throughput(read: History, config: DictConfig) -> dict[str, Any]:
     length = config["dataset"].get("sequence_length")
     hardware = config["hardware"]
     devices = hardware["num_devices"]
-    triples = list(zip(rows[SAMPLES], rows[SECONDS], rows[TOKENS], strict=False))
-    if triples and samples and seconds and tokens:
-        triples.append((samples, seconds, tokens))
-    per_device = length / devices if length else None
+    # A resumed run may have gone on with another number of devices: each step has its own.
+    counts = [read.devices.get(step, devices) for step in steps]
+    checks = list(zip(rows[SAMPLES], rows[SECONDS], rows[TOKENS], counts, strict=False))
+    if checks and samples and seconds and tokens and len(set(counts)) == 1:
+        checks.append((samples, seconds, tokens, counts[0]))
     return {
         "steady_steps": len(steps),
         "samples_per_s": samples,
@@ -142,9 +150,9 @@ def throughput(read: History, config: DictConfig) -> dict[str, Any]:
         "sequence_length": length,
         "num_devices": devices,
         "identities": {
-            "samples_per_s * s_per_step == global_batch": _hold((s * t, batch) for s, t, _ in triples),
+            "samples_per_s * s_per_step == global_batch": _hold((s * t, batch) for s, t, _, _ in checks),
             "tokens_per_s_per_device == samples_per_s * sequence_length / num_devices": _hold(
-                (p, per_device and s * per_device) for s, _, p in triples
+                (p, length and s * length / count) for s, _, p, count in checks
             ),
         },
     }

@@ -100,31 +100,31 @@ def files(tmp_path: Path) -> Path:
             ("model=tiny_13b", "hardware=8cpu", "parallelism=tp"),
             {"hardware.num_devices": 16, "model.vocab_size": 1000, "dataset.sequence_length": 256},
             "parallelism.tensor=16: does not divide model.num_heads=24",
-            "; 8 would",
+            "nearest choice: parallelism.",
         ),
         (
             ("hardware=4cpu", "parallelism=tp"),
             {"dataset.sequence_length": 126},
-            "parallelism.tensor=4: does not divide dataset.sequence_length=126; 2 would",
+            "parallelism.tensor=4: does not divide dataset.sequence_length=126; parallelism.seq",
             "parallelism.sequence_parallel=false",
         ),
         (
             ("hardware=8cpu", "parallelism=tp"),
             {"model.vocab_size": 17},
             "parallelism.tensor=8: leaves some ranks nothing of model.vocab_size=17",
-            "; 6 would do",
+            "nearest choice: parallelism.",
         ),
         (
             ("hardware=8cpu", "parallelism=tp"),
             {"model.intermediate_size": 9},
             "parallelism.tensor=8: leaves some ranks nothing of model.intermediate_size=9",
-            "; 5 would do",
+            "nearest choice: parallelism.",
         ),
         (
             ("hardware=4cpu", "parallelism=pp4"),
             {},
             "parallelism.pipeline=4: model.num_layers=2 leaves stages without a layer",
-            "; 2 would do",
+            "nearest choice: parallelism.",
         ),
         (
             ("hardware=2cpu", "parallelism=pp2"),
@@ -316,3 +316,21 @@ def test_a_file_that_may_not_be_read(checked: Checked, files: Path, monkeypatch:
     monkeypatch.setattr("bc2exp.config.text_files.os.access", lambda path, mode: Path(path).name != "a.txt")
     (problem,) = checked("dataset=text", TEXT)
     assert problem == "dataset.path=a.txt: may not be read (permissions)"
+
+
+@pytest.mark.parametrize(
+    ("groups", "values"),
+    [
+        (("hardware=4cpu", "parallelism=pp4"), {}),
+        (("hardware=8cpu", "parallelism=tp8"), {"model.num_heads": 4}),
+        (("hardware=8cpu", "parallelism=tp8"), {"model.vocab_size": 9}),
+        (("hardware=8cpu", "parallelism=tp4_zero2"), {"parallelism.shard": 3}),
+    ],
+)
+def test_the_nearest_choice_is_one_that_is_not_refused(
+    checked: Checked, groups: tuple[str, ...], values: dict[str, object]
+) -> None:
+    (problem,) = checked(*groups, values)
+    words = problem.partition("nearest choice: ")[2].split()
+    chosen = {key: int(value) for key, _, value in (word.partition("=") for word in words)}
+    assert checked(*groups, {**values, **chosen}) == []

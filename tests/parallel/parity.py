@@ -16,6 +16,9 @@ LIMIT = 1e-5
 
 def main(names: list[str]) -> int:
     """Print the table; 1 where a layout is not within the limit."""
+    if unknown := sorted(set(names) - set(CASES)):
+        print(f"no such layout: {', '.join(unknown)}; there are: {', '.join(CASES)}", file=sys.stderr)
+        return 2
     pool, failed = Pool(), False
     print(f"{'layout':22} {'kind':4} {'recompute':9} {'loss':>8} {'norm':>8} {'eval':>8} {'gradient':>8}  s")
     for kind in SHAPES:

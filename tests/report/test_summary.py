@@ -139,3 +139,20 @@ def test_reports_tracking_and_storage_load_neither_torch_nor_mlflow():
     imports = "; ".join(f"import bc2exp.{name}" for name in modules)
     code = f"{imports}; import sys; assert not {{'torch', 'mlflow', 'matplotlib.pyplot'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_that_went_on_with_fewer_devices_keeps_its_identities(tmp_path):
+    lines = []
+    for segment, (ranks, steps) in enumerate([(4, (1, 2, 3)), (2, (4, 5, 6))]):
+        lines.append({"event": "start", "step": steps[0] - 1, "world_size": ranks, "segment": segment})
+        for step in steps:
+            speed = {"perf/samples_per_s": 16.0, "perf/step_time_s": 0.5}
+            speed["perf/tokens_per_s_per_device"] = 16.0 * 10 / ranks
+            lines.append({"step": step, "segment": segment, "metrics": speed})
+    journal = "".join(json.dumps({"time": float(n), **line}) + "\n" for n, line in enumerate(lines))
+    (tmp_path / "metrics.jsonl").write_text(journal)
+    text = "{task: {global_batch: 8}, dataset: {sequence_length: 10}, hardware: {num_devices: 2}}"
+    (tmp_path / "resolved.yaml").write_text(text)
+    assert set(summarize(tmp_path)["throughput"]["identities"].values()) == {True}
+    (tmp_path / "metrics.jsonl").write_text(journal.replace('"world_size": 4', '"world_size": 3'))
+    assert False in summarize(tmp_path)["throughput"]["identities"].values()
