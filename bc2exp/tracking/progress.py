@@ -84,6 +84,8 @@ class Progress:
 
     @property
     def _label(self) -> str:
+        if self._total is None and not self._step:
+            return "starting"
         return f"step {self._step}/{self._of}"
 
     def _metrics(self, record: dict[str, Any]) -> None:
@@ -168,6 +170,8 @@ class Progress:
         if kind == "data":
             sizes = {key: record.get(key) for key in ("documents", "tokens")}
             known = [f"{size:,} {key}" for key, size in sizes.items() if size is not None]
+            if self._bar is not None:
+                self._bar.update(self._task, values=", ".join(known))
             return ", ".join([f"data {record['name']}", *known])
         if kind == "checkpoint":
             return f"step {record['step']}: checkpoint saved in {record['path']}"

@@ -112,3 +112,27 @@ def test_the_bar_on_a_terminal_fits_80_columns():
     assert last.startswith("step 1000/1000 ")
     assert last.rstrip().endswith("loss 11.7412 lr 2.00e-05 12346 tok/s/dev 0:00:00 left")
     assert "━" in last
+
+
+def test_a_preparation_shows_rows_tokens_speed_and_time_left_and_ends_with_what_it_came_to():
+    def preparing(seconds, done, rows):
+        counts = {"rows": rows, "tokens": 3 * rows, "bytes_done": done, "bytes_total": 8_000_000}
+        return {"event": "preparing", "time": 100.0 + seconds, "segment": 0, "stage": "encode", **counts}
+
+    data = {"event": "data", "time": 110.0, "segment": 0, "name": "x", "documents": 80, "tokens": 240}
+    records = [preparing(0, 0, 0), preparing(2, 4_000_000, 1_000), preparing(3, 6_000_000, 1_500), data]
+    output = io.StringIO()
+    with Progress(None, Console(file=output, width=120)) as progress:
+        for record in records:
+            progress.update(record)
+    lines = output.getvalue().splitlines()
+    assert lines[1] == "encoding 50%  1,000 rows  3,000 tokens  2.00 MB/s of files  0:00:02 left"
+    assert lines[2].endswith("2.00 MB/s of files  0:00:01 left")
+    assert lines[-1] == "data x, 80 documents, 240 tokens"
+    screen = io.StringIO()
+    with Progress(None, Console(file=screen, width=120, force_terminal=True)) as progress:
+        assert "starting" in screen.getvalue()
+        for record in records:
+            progress.update(record)
+    assert "step 0" not in screen.getvalue()
+    assert "80 documents, 240 tokens" in screen.getvalue().rsplit("data ", 1)[1]
