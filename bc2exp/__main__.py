@@ -25,7 +25,7 @@ from bc2exp.config.register import register
 from bc2exp.config.roots import data_root
 from bc2exp.launch.folder import RunFolder, claim, named_folder
 from bc2exp.launch.join import join_run
-from bc2exp.launch.machine import require
+from bc2exp.launch.machine import is_rehearsal, require
 from bc2exp.launch.run import DONE, WRONG, run_on_ranks, sync_runs
 
 PARENT_TASKS = ("sync",)
@@ -116,6 +116,8 @@ class Door:
         tags = {"bc2exp.sweep": context.sweep.dir} if context.mode is RunMode.MULTIRUN else {}
         if nodes.count > 1:
             tags["bc2exp.nnodes"] = str(nodes.count)
+        if is_rehearsal(plain):
+            tags["bc2exp.rehearsal"] = "true"
         with folder.lock:
             return run_on_ranks(folder, plain, overrides, self._launch_folder, tags)
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bc2exp.config.errors import UserError
+from bc2exp.hardware import rehearsal
 from bc2exp.train import TrainingError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -35,6 +36,8 @@ def main() -> None:
     except BaseException as error:
         report(folder, rank, error)
     finally:
+        with suppress(OSError):  # on a full disk
+            rehearsal.leave_count(folder, rank)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # threads of a broken collective must not keep a failed rank alive
@@ -44,21 +47,31 @@ def run_rank(folder: Path, rank: int) -> None:
     """Set up the device, meet the other ranks, do the task, record its outcome."""
     from bc2exp.config.load import read
     from bc2exp.hardware import HOST, get_backend
-    from bc2exp.parallel.world import World
-    from bc2exp.tasks import get_task
     from bc2exp.tracking.journal import Journal, NullJournal, last_segment
 
     config = read(folder / "resolved.yaml")
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    rehearsed = config.hardware.rehearsal and config.task.on_devices
+    memory_bytes = int((config.hardware.memory_gib or rehearsal.MEMORY_GIB) * 2**30)
+    if rehearsed:  # the modules below import torch
+        rehearsal.activate(local_size, memory_bytes)
+
+    from bc2exp.parallel.world import World
+    from bc2exp.tasks import get_task
+
     world = World(
         rank=rank,
         size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        local_size=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        local_size=local_size,
         backend=get_backend(config.hardware.backend.value if config.task.on_devices else HOST),
     )
     path = folder / "metrics.jsonl"
     journal = Journal(path, last_segment(path) + 1) if rank == 0 else NullJournal()
-    world.backend.setup(world.local_rank, world.local_size)
+    if rehearsed:
+        journal.event("rehearsal", text=rehearsal.LABEL, devices=local_size, memory_bytes=memory_bytes)
+    deterministic = config.hardware.deterministic
+    world.backend.setup(world.local_rank, world.local_size, deterministic=deterministic)
     if config.task.on_devices:
         world.join()
     outcome = get_task(config.task.name)(config, folder, world, journal)

@@ -134,7 +134,7 @@ def told(folder: Path, *words: str) -> str:
         plain = finalize(checked.jobs[0], folder)
         with pytest.raises(UserError) as error:
             machine.require(plain, find_nodes(plain))
-        return str(error.value)
+        return str(error.value).splitlines()[0]  # commands that work follow it
     (problem,) = checked.problems
     return problem
 

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from importlib import util
 from pathlib import Path
 
 import pytest
@@ -56,4 +57,7 @@ def test_an_installation_trains_in_another_folder(environment: Path, tmp_path: P
         assert "weights" in seen
     assert len(list(elsewhere.glob("runs/*/*/weights/config.json"))) == 2
     assert (elsewhere / "mlflow.db").is_file()
+    if util.find_spec("torch_npu") is not None:
+        words = ("hardware=1npu", "hardware.rehearsal=true", "hardware.precision=fp32")
+        assert "rehearsal" in run(environment, "-m", "bc2exp", *SMALL, *words, cwd=elsewhere)
     assert "baichuan2_13b" in run(environment, "-m", "bc2exp", "--help", cwd=elsewhere)

@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from bc2exp.config.errors import UserError
 from bc2exp.config.fields import field_of, refusal
+from bc2exp.config.hardware import rehearsal_of
 from bc2exp.config.layouts import layout
 from bc2exp.config.nodes import nodes_add_up
 from bc2exp.config.register import TASKS
@@ -42,6 +43,7 @@ def check(config: DictConfig, folder: Path) -> list[str]:
         steps_and_schedule,
         layout,
         peak,
+        rehearsal_of,
         data_files,
         model_files,
         nodes_add_up,

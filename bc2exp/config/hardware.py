@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
+from typing import Any
 
 from bc2exp.config.fields import setting
 
@@ -48,6 +50,32 @@ class HardwareConfig:
     network_gb_s: float | None = setting(
         "GB/s that leave a device for other machines; null: unknown", None, above=0
     )
+    fused_attention: bool = setting("the device's own operator for attention; false: its eager twin", True)
+    fused_rms_norm: bool = setting("the same for the norms", True)
+    fused_swiglu: bool = setting("the same for the activation of the feed-forward network", True)
+    fused_rotary: bool = setting("the same for rotary positions", True)
+    fused_adamw: bool = setting("one operator for the optimizer's step; false: one a weight", True)
+    deterministic: bool = setting(
+        "the same bits from the same input every time, slower; an error names an operator that cannot", False
+    )
+    rehearsal: bool = setting(
+        "play NPUs on host memory with the real torch_npu: tests a run where there are none; no speeds", False
+    )
     efficiency: float = setting(
         "part of the peak that a plan takes training's operations to reach", 0.6, above=0, maximum=1
     )
+
+
+REHEARSED = frozenset({Backend.npu.name})
+"""Families whose devices `hardware.rehearsal` can play."""
+
+
+def rehearsal_of(values: dict[str, Any], folder: Path) -> list[str]:
+    """Only a device of these families can be played. A check of `checks.check`."""
+    hardware = values["hardware"]
+    if not hardware["rehearsal"] or hardware["backend"] in REHEARSED:
+        return []
+    return [
+        f"hardware.rehearsal=True: only NPUs are rehearsed, and hardware={hardware['name']} computes on "
+        f"{hardware['backend']}; leave the key out, or choose hardware=8npu"
+    ]

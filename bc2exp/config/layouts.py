@@ -49,7 +49,7 @@ def _cannot_lay_out(values: dict[str, Any], wanted: dict[str, int], reason: str)
 
 
 def _nearest(values: dict[str, Any], wanted: dict[str, int]) -> str:
-    """The overrides that lead to the nearest degrees that cover the devices and fit the model; "" for none."""
+    """The overrides that lead to the nearest degrees that cover the devices and fit the model, or ""."""
     devices = values["hardware"]["num_devices"]
     choices = [
         choice for choice in _factorizations(devices, len(AXES)) if not any(_does_not_fit(values, choice))

@@ -9,9 +9,10 @@ from bc2exp.config.hardware import HardwareConfig
 from bc2exp.config.model import ModelConfig
 from bc2exp.config.parallelism import ParallelismConfig
 from bc2exp.config.root import Config
-from bc2exp.config.task import PlanConfig, PrepareConfig, PretrainConfig, SyncConfig, TaskConfig
+from bc2exp.config.task import DoctorConfig, PlanConfig, PrepareConfig, PretrainConfig, SyncConfig, TaskConfig
 
 TASKS: dict[str, type[TaskConfig]] = {
+    "doctor": DoctorConfig,
     "plan": PlanConfig,
     "prepare": PrepareConfig,
     "pretrain": PretrainConfig,

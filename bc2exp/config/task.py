@@ -74,6 +74,15 @@ class PrepareConfig(TaskConfig):
 
 
 @dataclass
+class DoctorConfig(TaskConfig):
+    """Whether the devices, their connections and the installation are fit for a run."""
+
+    micro_batch: int = setting("samples a forward pass of the training step", minimum=1)
+    init_std: float = setting("standard deviation of fresh weights", above=0)
+    optimizer: OptimizerConfig = setting("AdamW")
+
+
+@dataclass
 class PlanConfig(TaskConfig):
     """What a run would take, told without its devices."""
 

@@ -6,15 +6,25 @@ Importing this package loads no torch, so that the parent process may ask `count
 from __future__ import annotations
 
 import importlib
-import importlib.util
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from bc2exp.hardware.probe import KNOWN_BACKENDS, count_devices
+from bc2exp.hardware import rehearsal
+from bc2exp.hardware.probe import KNOWN_BACKENDS, count_devices, environment_problems
 
 if TYPE_CHECKING:
     from bc2exp.hardware.base import Backend, Ops
 
-__all__ = ["HOST", "KNOWN_BACKENDS", "count_devices", "get_backend", "has_backend", "planning_ops"]
+__all__ = [
+    "HOST",
+    "KNOWN_BACKENDS",
+    "count_devices",
+    "environment_problems",
+    "get_backend",
+    "planning_constant",
+    "planning_ops",
+    "rehearsal",
+]
 
 HOST = "cpu"
 """The backend of tasks that need no device: every machine has it."""
@@ -31,11 +41,6 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def has_backend(name: str) -> bool:
-    """Whether there is a module that computes on devices of the kind `name`; it is not imported."""
-    return importlib.util.find_spec(f"bc2exp.hardware.{name}") is not None
-
-
 def planning_ops(name: str) -> Ops:
     """The operations of the backend `name` for tensors without storage: what they keep is what counts.
 
@@ -46,3 +51,13 @@ def planning_ops(name: str) -> Ops:
     from bc2exp.hardware.planned import OPS
 
     return OPS
+
+
+def planning_constant(name: str, twins: Collection[str] = ()) -> int:
+    """Bytes that the operations of the backend `name` keep from the first pass on, whatever the model.
+
+    `twins` are those that run as their eager twins.
+    """
+    from bc2exp.hardware.planned import CONSTANT_BYTES
+
+    return 0 if "attention" in twins else CONSTANT_BYTES.get(name, 0)

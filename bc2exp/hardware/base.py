@@ -89,6 +89,11 @@ class Backend(Protocol):
         ...
 
     @property
+    def packages(self) -> tuple[str, ...]:
+        """Packages beside torch that it needs, as they are installed."""
+        ...
+
+    @property
     def collectives(self) -> str:
         """Name of the torch.distributed backend that joins several such devices."""
         ...
@@ -97,8 +102,11 @@ class Backend(Protocol):
         """The device of the rank `local_rank` of this host."""
         ...
 
-    def setup(self, local_rank: int, num_local_ranks: int) -> None:
-        """Prepare this process to be rank `local_rank` of `num_local_ranks` on this host; call once."""
+    def setup(self, local_rank: int, num_local_ranks: int, *, deterministic: bool = False) -> None:
+        """Prepare this process to be rank `local_rank` of `num_local_ranks` on this host; call once.
+
+        `deterministic`: the same input gives the same bits every time, or an error names what cannot.
+        """
         ...
 
     def synchronize(self) -> None:
@@ -107,6 +115,14 @@ class Backend(Protocol):
 
     def peak_memory_bytes(self) -> int:
         """The largest amount of memory, in bytes, that this rank has held so far."""
+        ...
+
+    def peak_allocated_bytes(self) -> int | None:
+        """The part of it that tensors took at one time; None where no allocator of the device counts."""
+        ...
+
+    def total_memory_bytes(self) -> int | None:
+        """Memory of this rank's device; None where ranks have no memory of their own."""
         ...
 
     def count(self) -> int | None:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from bc2exp.hardware import eager
 from bc2exp.hardware.base import Ops
+from bc2exp.hardware.determinism import be_deterministic
 from bc2exp.hardware.probe import count_devices
 
 QUERY_BLOCK = 64
@@ -121,6 +122,7 @@ class CpuBackend:
     """See `base.Backend`."""
 
     name = "cpu"
+    packages: tuple[str, ...] = ()
     collectives = "gloo"
     ops: Ops = replace(eager.OPS, attention=attention)
 
@@ -128,9 +130,11 @@ class CpuBackend:
         """Every rank of a host shares its one CPU device."""
         return torch.device("cpu")
 
-    def setup(self, local_rank: int, num_local_ranks: int) -> None:
+    def setup(self, local_rank: int, num_local_ranks: int, *, deterministic: bool = False) -> None:
         """Give this rank its share of the cores that the process may run on, at least one."""
         torch.set_num_threads(max(1, _num_available_cores() // num_local_ranks))
+        if deterministic:
+            be_deterministic()
 
     def synchronize(self) -> None:
         """Nothing is ever queued."""
@@ -139,6 +143,14 @@ class CpuBackend:
         """The high-water mark of the whole process, the interpreter and torch included."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+    def peak_allocated_bytes(self) -> int | None:
+        """torch counts nothing on the CPU."""
+        return None
+
+    def total_memory_bytes(self) -> int | None:
+        """Ranks share what the host has."""
+        return None
 
     def count(self) -> int | None:
         """No limit: ranks may share cores."""

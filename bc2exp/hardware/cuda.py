@@ -20,6 +20,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from bc2exp.config.errors import UserError
 from bc2exp.hardware import eager
 from bc2exp.hardware.base import Ops
+from bc2exp.hardware.determinism import be_deterministic
 from bc2exp.hardware.probe import count_devices
 
 SMALLEST_HEAD = 16
@@ -124,6 +125,7 @@ class CudaBackend:
     """See `base.Backend`."""
 
     name = "cuda"
+    packages: tuple[str, ...] = ()
     collectives = "nccl"
     # No fused answer of torch's own for the other two: they stay as their twins.
     ops: Ops = replace(eager.OPS, attention=attention, rms_norm=rms_norm)
@@ -132,7 +134,7 @@ class CudaBackend:
         """A GPU a rank, in the order of CUDA_VISIBLE_DEVICES."""
         return torch.device("cuda", local_rank)
 
-    def setup(self, local_rank: int, num_local_ranks: int) -> None:
+    def setup(self, local_rank: int, num_local_ranks: int, *, deterministic: bool = False) -> None:
         """Take the rank's GPU, and let fp32 be fp32: neither TF32 nor sums in bf16.
 
         Raises UserError where this torch sees fewer GPUs than there are ranks.
@@ -146,6 +148,8 @@ class CudaBackend:
         torch.cuda.set_device(local_rank)
         torch.set_float32_matmul_precision("highest")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        if deterministic:
+            be_deterministic()
 
     def synchronize(self) -> None:
         """Wait for the rank's GPU."""
@@ -154,6 +158,14 @@ class CudaBackend:
     def peak_memory_bytes(self) -> int:
         """The most that torch's allocator has held on the rank's GPU, free blocks of its own included."""
         return torch.cuda.max_memory_reserved()
+
+    def peak_allocated_bytes(self) -> int | None:
+        """The most that tensors have taken of it."""
+        return torch.cuda.max_memory_allocated()
+
+    def total_memory_bytes(self) -> int | None:
+        """Memory of the rank's GPU."""
+        return torch.cuda.mem_get_info()[1]
 
     def count(self) -> int | None:
         """GPUs that this process may use."""

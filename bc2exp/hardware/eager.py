@@ -5,6 +5,9 @@ Clear and slow: attention builds the whole [B, N, S, K] score matrix, in fp32. S
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -62,3 +65,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 OPS = Ops(attention=attention, rms_norm=rms_norm, swiglu=swiglu, rotary=rotary)
+
+
+def with_twins(ops: Ops, names: Collection[str]) -> Ops:
+    """`ops` with the eager twin in place of each operation named, such as `rotary`."""
+    return replace(ops, **{name: getattr(OPS, name) for name in names})

@@ -17,6 +17,9 @@ STATISTICS = 16
 """fp32 numbers a query row and head that fused attention keeps: maximum and sum, each eight times over, as
 the operator of the device that keeps most of them does (see OPS.md of the stand-in)."""
 
+CONSTANT_BYTES = {"npu": 2048 * 2048}
+"""What a backend's operators keep once and for all: the mask that causal attention on an NPU wants."""
+
 
 class _Attention(torch.autograd.Function):
     @staticmethod

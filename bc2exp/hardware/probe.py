@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from bc2exp.hardware import npu_environment
+
 
 def _count_cpu() -> int | None:
     # Several ranks may share one core: slow, but right, and how every layout is tested on a laptop.
@@ -56,13 +58,29 @@ def count_devices(backend: str) -> int | None:
     return _PROBES[backend]()
 
 
-def rank_environment(backend: str, num_ranks: int, interface: str | None = None) -> dict[str, str]:
-    """Environment variables for each of `num_ranks` ranks of a host; what the person has set comes first.
+def rank_environment(
+    backend: str,
+    num_ranks: int,
+    interface: str | None = None,
+    *,
+    deterministic: bool = False,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, str]:
+    """Environment variables for each of `num_ranks` ranks of a host, as they will hold.
 
+    What the person has set in `environment` comes first.
     `interface` is the network interface that leads to the other hosts of the run, where there are any.
     """
-    if backend != "cpu":
-        return {}
+    if backend == "npu":
+        return npu_environment.variables(environment, interface=interface, deterministic=deterministic)
+    wanted = _wanted(backend, num_ranks, interface, deterministic)
+    return {name: environment.get(name, value) for name, value in wanted.items()}
+
+
+def _wanted(backend: str, num_ranks: int, interface: str | None, deterministic: bool) -> dict[str, str]:
+    if backend == "cuda":
+        # Without a workspace of its own for each stream cuBLAS sums in any order.
+        return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {}
     # OpenMP's idle threads spin by default: with several processes on few cores they keep the busy ones out.
     environment = {"OMP_WAIT_POLICY": "PASSIVE"}
     if num_ranks > 1:
@@ -71,3 +89,12 @@ def rank_environment(backend: str, num_ranks: int, interface: str | None = None)
         # Left alone, gloo takes the address that the host's own name has, often the loopback's.
         environment["GLOO_SOCKET_IFNAME"] = interface
     return environment
+
+
+def environment_problems(
+    backend: str, *, rehearsal: bool = False, environment: Mapping[str, str] = os.environ
+) -> list[str]:
+    """What of packages and environment keeps a run on `backend` from beginning here, a sentence each."""
+    if backend == "npu":
+        return list(npu_environment.problems(environment, rehearsal=rehearsal))
+    return []

@@ -18,7 +18,7 @@ from rich.console import Console
 
 def print_report(path: Path, task: str) -> bool:
     """Print what the run in `path` came to, and write its summary; False for a verdict of fail."""
-    reports: dict[str, Callable[[Path], bool]] = {"plan": _plan, "prepare": _preparation}
+    reports: dict[str, Callable[[Path], bool]] = {"doctor": _doctor, "plan": _plan, "prepare": _preparation}
     try:
         return reports.get(task, _training)(path)
     except OSError as error:  # the work is done and saved: a report can be made later
@@ -34,6 +34,15 @@ def _training(path: Path) -> bool:
     plot_loss(path)
     Console().print(table({path.name: summarize(path)}))
     return True
+
+
+def _doctor(path: Path) -> bool:
+    from bc2exp.report.doctor import summarize_doctor, table, verdict
+
+    report = summarize_doctor(path)
+    Console().print(table(report))
+    print("\n".join(verdict(report)))
+    return all(check["passed"] for check in report["checks"])
 
 
 def _preparation(path: Path) -> bool:
@@ -61,6 +70,8 @@ def print_places(path: Path, launch_folder: Path, tracking: dict[str, Any], *, r
         print(f"store    {show(Path(store), launch_folder)}.bin and .idx")
     if (path / "plan.json").is_file():
         print(f"plan     {show(path / 'plan.json', launch_folder)}")
+    if (path / "doctor.json").is_file():
+        print(f"checks   {show(path / 'doctor.json', launch_folder)}")
     if (path / "weights").is_dir():
         print(f"weights  {show(path / 'weights', launch_folder)} (safetensors, Hugging Face layout)")
     for plot in ("loss.png", "lengths.png"):

@@ -138,7 +138,9 @@ def _follow(
             reported = True
         for word in line.receive():
             if word.get("go") and ranks is None:
-                ranks = Ranks(folder, *needed_devices(plain, nodes), nodes, line.interface())
+                deterministic = plain["hardware"]["deterministic"]
+                devices = needed_devices(plain, nodes)
+                ranks = Ranks(folder, *devices, nodes, line.interface(), deterministic=deterministic)
             elif "end" in word:
                 _end(ranks)
                 return word["end"], word["text"]

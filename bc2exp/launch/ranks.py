@@ -57,6 +57,8 @@ class Ranks:
         num_ranks: int,
         nodes: Nodes = ALONE,
         interface: str | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self._folder = folder
         self._nodes = nodes
@@ -80,7 +82,11 @@ class Ranks:
                 stdin=lifeline,
                 stdout=log,
                 stderr=log,
-                env={**rank_environment(backend, num_ranks, interface), **os.environ, **fixed},
+                env={
+                    **rank_environment(backend, num_ranks, interface, deterministic=deterministic),
+                    **os.environ,
+                    **fixed,
+                },
                 start_new_session=True,  # Ctrl-C is the parent's to answer
             )
         os.close(lifeline)

@@ -9,9 +9,10 @@ from typing import Any
 
 from bc2exp.config.errors import UserError
 from bc2exp.config.nodes import Nodes, find_nodes
+from bc2exp.hardware import rehearsal
 from bc2exp.launch.closing import print_places, print_report, show
 from bc2exp.launch.folder import RunFolder, writable
-from bc2exp.launch.machine import needed_devices
+from bc2exp.launch.machine import is_rehearsal, needed_devices
 from bc2exp.launch.nodes import Alone, Others
 from bc2exp.launch.ranks import Failure, Ranks
 from bc2exp.launch.record import write_record
@@ -43,11 +44,15 @@ def run_on_ranks(
         others = Alone() if nodes.count == 1 else Others(path, nodes)
     segment = last_segment(path / "metrics.jsonl") + 1
     with stop_requests() as requests, lasting_screen():
+        if is_rehearsal(plain):
+            print(rehearsal.LABEL, flush=True)
         print(f"{'resuming' if folder.resumed else 'run'}: {show(path, launch_folder)}", flush=True)
         tracker = (
             Tracker(path, plain["tracking"]["patience_s"]) if run["tracking"]["enabled"] else NoTracker()
         )
         failure = watch(path, plain, nodes, others, requests, launch_folder)
+        if is_rehearsal(plain):
+            rehearsal.merge(path, plain["hardware"]["num_devices"])
         code = conclude(path, failure, segment, launch_folder)
         others.end(code, failure.text.splitlines()[-1] if failure and code in (FAILED, WRONG) else "")
         if code in (DONE, STOPPED) and not print_report(path, plain["task"]["name"]):
@@ -74,9 +79,12 @@ def watch(
     failure = others.gather(give_up=lambda: max(requests.count, others.stops) > 0)
     if failure is not None:
         return failure
+    rehearsal.clear(path)
     tail = Tail(path / "metrics.jsonl")
     tail.poll()  # what earlier segments wrote has been shown already
-    ranks = Ranks(path, *needed_devices(plain, nodes), nodes, others.interface)
+    deterministic = plain["hardware"]["deterministic"]
+    devices = needed_devices(plain, nodes)
+    ranks = Ranks(path, *devices, nodes, others.interface, deterministic=deterministic)
     others.go()
     with Progress(None) as progress:
         answered = 0

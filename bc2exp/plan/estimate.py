@@ -48,13 +48,20 @@ class Time:
         return self.compute + self.bubble + self.exchange
 
 
-def assumptions(rates: Rates) -> list[str]:
+def assumptions(rates: Rates, num_devices: int) -> list[str]:
     """What an estimate rests on, a sentence each."""
+    found = [f"operations at {rates.efficiency:.0%} of {rates.peak_tflops:g} TFLOP/s in every layout"]
+    if num_devices == 1:
+        return found
     each = " to each other device" if rates.link_per_pair else " a device"
+    inside = (
+        f"exchanges in rings at {rates.link_gb_s:g} GB/s{each} inside a machine of {rates.devices_per_node}"
+    )
+    if num_devices > rates.devices_per_node:
+        inside += f", {rates.network_gb_s:g} GB/s a device between machines"
     return [
-        f"operations at {rates.efficiency:.0%} of {rates.peak_tflops:g} TFLOP/s",
-        f"exchanges in rings at {rates.link_gb_s:g} GB/s{each} inside a machine of {rates.devices_per_node}, "
-        f"{rates.network_gb_s:g} GB/s a device between machines",
+        *found,
+        inside,
         "tensor-parallel and pipeline exchanges hide behind nothing, those of shards behind the computation",
         "a pipeline waits (stages - 1) / micro batches of its work",
     ]

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from bc2exp.hardware import HOST, get_backend, planning_ops
+from bc2exp.hardware import HOST, get_backend, planning_constant, planning_ops
+from bc2exp.hardware.base import Ops
+from bc2exp.hardware.eager import with_twins
 from bc2exp.model.baichuan2 import Baichuan2
 from bc2exp.model.plan import span, stage_of, tensor_cut
 from bc2exp.parallel.mesh import Mesh
@@ -77,6 +79,7 @@ class Planner:
         length: tokens of a sample.
         global_batch: samples of a step.
         rates: of the device; None: no time is estimated.
+        twins: operations that run as their eager twins.
     """
 
     shape: dict[str, Any]
@@ -85,6 +88,7 @@ class Planner:
     length: int
     global_batch: int
     rates: Rates | None
+    twins: tuple[str, ...] = ()
     _traces: dict[tuple[Any, ...], Passes] = field(default_factory=dict)
 
     def plan(self, choice: Choice, *, exact: bool = False) -> Plan:
@@ -96,6 +100,7 @@ class Planner:
         else:
             passes = _extrapolate(self._trace(choice, 1), self._trace(choice, 2), choice.micro_batch)
         keep = choice.zero_stage == 2 or choice.shard == 1
+        constant = planning_constant(self.backend, self.twins)
         stages = []
         for stage in range(choice.pipeline):
             mesh = self._mesh(choice, stage * size // choice.pipeline, size)
@@ -110,6 +115,7 @@ class Planner:
                 defer_reduction=choice.defer_reduction,
                 num_micro_batches=num_micro_batches,
             )
+            memory = replace(memory, activations=memory.activations + constant)
             stages.append((memory.total, stage, memory, mesh, whole))
         _, stage, memory, mesh, whole = max(stages, key=lambda found: found[:2])
         exchanges = traffic(
@@ -144,9 +150,14 @@ class Planner:
         return own, whole
 
     @cached_property
+    def ops(self) -> Ops:
+        """What the model is traced with."""
+        return with_twins(planning_ops(self.backend), self.twins)
+
+    @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
-            model = Baichuan2(**self.shape, ops=planning_ops(self.backend))
+            model = Baichuan2(**self.shape, ops=self.ops)
         return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
     def _mesh(self, choice: Choice, rank: int, size: int) -> Mesh:
@@ -160,7 +171,7 @@ class Planner:
                 world = World(0, choice.tensor, 0, choice.tensor, get_backend(HOST))
                 self._traces[key] = trace(
                     self.shape,
-                    planning_ops(self.backend),
+                    self.ops,
                     Mesh(world, tensor=choice.tensor),
                     rows=rows,
                     length=self.length,

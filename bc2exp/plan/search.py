@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 
 from bc2exp.config.parallelism import shares
 from bc2exp.plan.planner import Choice, Plan, Planner
@@ -34,7 +35,7 @@ def choices(planner: Planner, num_devices: int, num_per_node: int, defer_reducti
             if share // micro_batch < pipeline:
                 continue
             for zero_stage in (2, 3) if shard > 1 else (3,):
-                for recompute in RECOMPUTE:
+                for recompute, defers in product(RECOMPUTE, {False, defer_reduction and shard > 1}):
                     yield Choice(
                         pipeline,
                         replicate,
@@ -43,7 +44,7 @@ def choices(planner: Planner, num_devices: int, num_per_node: int, defer_reducti
                         zero_stage,
                         tensor > 1,
                         recompute,
-                        defer_reduction,
+                        defers,
                         micro_batch,
                     )
 

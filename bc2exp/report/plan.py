@@ -28,12 +28,21 @@ def summarize_plan(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def verdict(report: dict[str, Any]) -> str:
     """One sentence: does it fit?"""
-    total = report["plan"]["memory"]["total"] / _GIB
+    total = _gib(report["plan"]["memory"]["total"])
     if report["fits"] is None:
-        return f"{total:.2f} GiB a device; hardware.memory_gib is not set, so nothing says whether that fits"
+        return f"{total} GiB a device; hardware.memory_gib is not set: nothing says whether that fits"
     limit, reserve = report["memory_gib"], report["reserve"]
     how = "fits" if report["fits"] else "does NOT fit"
-    return f"{how}: {total:.2f} GiB of the {limit:g} GiB of a device, of which {reserve:.0%} are kept free"
+    text = f"{how}: {total} GiB of the {limit:g} GiB of a device, of which {reserve:.0%} are kept free"
+    if report["fits"] or report["alternatives"]:
+        return text
+    devices = report["num_devices"]
+    return f"{text}; no layout of {devices} device{'s' * (devices != 1)} does: it takes more of them"
+
+
+def _gib(num_bytes: int) -> str:
+    """Gibibytes, with more digits where there are few."""
+    return f"{num_bytes / _GIB:.{2 if num_bytes >= _GIB / 8 else 4}f}"
 
 
 def tables(report: dict[str, Any]) -> list[Table]:
@@ -52,7 +61,8 @@ def _layout(report: dict[str, Any]) -> Table:
     table.add_row("degrees", ", ".join(degrees))
     table.add_row("recompute", choice["recompute"])
     batch = f"{report['global_batch']} samples of {report['sequence_length']}"
-    table.add_row("batch", f"{batch}; {plan['num_micro_batches']} micro batches of {choice['micro_batch']}")
+    parts = f"{plan['num_micro_batches']} micro batch{'es' * (plan['num_micro_batches'] != 1)}"
+    table.add_row("batch", f"{batch}; {parts} of {choice['micro_batch']}")
     table.add_section()
     where = f"GiB, stage {plan['stage']}" if choice["pipeline"] > 1 else "GiB"
     table.add_row("memory of a device", where)
@@ -91,9 +101,11 @@ def _others(report: dict[str, Any]) -> list[Table]:
     table = Table()
     table.add_column("GiB", justify="right")
     table.add_column("s/step", justify="right")
-    title = "the fastest others" if report["fits"] is not False else "nearest that fit"
+    title = "nearest that fit" if report["fits"] is False else "others that fit, the fastest first"
+    if report["plan"]["time"] is None:
+        title = title.replace("the fastest first", "the smallest first")
     table.add_column(title, overflow="fold")
     for plan in report["alternatives"]:
         time = f"{plan['time']['step']:.3g}" if plan["time"] else "–"
-        table.add_row(f"{plan['memory']['total'] / _GIB:.1f}", time, plan["words"])
+        table.add_row(_gib(plan["memory"]["total"]), time, plan["words"])
     return [table]

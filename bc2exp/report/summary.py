@@ -96,6 +96,7 @@ def summarize(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     result = {
         "outcome": outcome["event"] if outcome else None,
         "reason": outcome.get("reason") if outcome else None,
+        "rehearsal": bool(config["hardware"].get("rehearsal")),
         "steps": max(read.series.get("train/loss", {}), default=0),
         "segments": journal.last_segment(folder / "metrics.jsonl") + 1,
         "wall_time_s": read.seconds,

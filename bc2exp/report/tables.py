@@ -33,6 +33,7 @@ def lines(summary: Summary) -> dict[str, str]:
         "loss, first → last": ends,
         "evaluation loss, lowest": lowest,
         "unigram entropy": _number(loss["unigram_entropy"], ".4f"),
+        "speed": "rehearsal: speed not measured" if summary.get("rehearsal") else _MISSING,
         "samples/s": _number(speed["samples_per_s"], ".4g"),
         "tokens/s/p": _number(speed["tokens_per_s_per_device"], ",.1f"),
         "s/step": _number(speed["s_per_step"], ".4g"),

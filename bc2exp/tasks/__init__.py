@@ -19,6 +19,10 @@ def get_task(name: str) -> Task:
         from bc2exp.tasks.pretrain import pretrain
 
         return pretrain
+    if name == "doctor":
+        from bc2exp.tasks.doctor import doctor
+
+        return doctor
     if name == "plan":
         from bc2exp.tasks.plan import plan
 

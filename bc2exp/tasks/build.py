@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from bc2exp.config.errors import UserError
+from bc2exp.config.hardware import HardwareConfig
 from bc2exp.config.model import ModelConfig
 from bc2exp.config.parallelism import AXES, degrees, shares
 from bc2exp.config.root import Config
 from bc2exp.config.task import OptimizerConfig, PretrainConfig
 from bc2exp.hardware.base import Ops
+from bc2exp.hardware.eager import with_twins
 from bc2exp.model.baichuan2 import Baichuan2, initial_tensor, parameter_count
 from bc2exp.parallel.layout import Layout, parallelize
 from bc2exp.parallel.mesh import Mesh
@@ -63,6 +65,20 @@ def make_mesh(config: Config, vocab_size: int, world: World) -> Mesh:
             f"{vocab_size} words"
         )
     return mesh
+
+
+FUSED = ("attention", "rms_norm", "swiglu", "rotary")
+"""Operations of which `hardware.fused_<name>` says whether the device's own operator does them."""
+
+
+def twins(hardware: HardwareConfig) -> tuple[str, ...]:
+    """The operations that the configuration leaves to their eager twins."""
+    return tuple(name for name in FUSED if not getattr(hardware, f"fused_{name}"))
+
+
+def make_ops(hardware: HardwareConfig, world: World) -> Ops:
+    """The operations of the model, on this rank's device."""
+    return with_twins(world.backend.ops, twins(hardware))
 
 
 def make_model(model: ModelConfig, vocab_size: int, ops: Ops) -> Baichuan2:
@@ -128,10 +144,11 @@ def make_throughput(model: nn.Module, config: Config, vocab_size: int, global_ba
             sequence_length=config.dataset.sequence_length,
         ),
         peak_tflops=config.hardware.peak_tflops,
+        rehearsal=config.hardware.rehearsal,
     )
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, hardware: HardwareConfig) -> torch.optim.AdamW:
     """AdamW over the model's parameters, which are laid over the ranks already."""
     return build_optimizer(
         model,
@@ -140,6 +157,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Ada
         beta2=config.beta2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        fused=hardware.fused_adamw,
     )
 
 

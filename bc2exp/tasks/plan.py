@@ -9,7 +9,7 @@ from typing import Any
 from bc2exp.config.hardware import HardwareConfig
 from bc2exp.config.parallelism import AXES, degrees, micro_batch_of
 from bc2exp.config.root import Config
-from bc2exp.config.task import PlanConfig
+from bc2exp.config.task import PlanConfig, PretrainConfig
 from bc2exp.hardware import HOST, get_backend, planning_ops
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.world import World
@@ -55,7 +55,11 @@ def plan(config: Config, folder: Path, world: World, journal: Journal | NullJour
         "peak_name": config.hardware.peak_name,
         "assumptions": [
             "memory on the rank that needs most, every position labelled, documents not separated",
-            *(assumptions(rates) if rates else ["no rates are declared for this hardware: no time"]),
+            *(
+                assumptions(rates, config.hardware.num_devices)
+                if rates
+                else ["no rates are declared for this hardware: no time"]
+            ),
         ],
         "plan": as_data(own, planner, chosen),
         "alternatives": [as_data(each, planner, chosen) for each in others],
@@ -69,7 +73,7 @@ def plan(config: Config, folder: Path, world: World, journal: Journal | NullJour
 def make_planner(config: Config, journal: Journal | NullJournal) -> Planner:
     """A planner for the model, the batch and the devices of the configuration."""
     model, task = config.model, config.task
-    assert isinstance(task, PlanConfig)
+    assert isinstance(task, (PlanConfig, PretrainConfig))
     vocab_size = model.vocab_size
     if vocab_size is None:
         tokenizer = Tokenizer(find_tokenizer(model.tokenizer, model.weights))
@@ -82,6 +86,7 @@ def make_planner(config: Config, journal: Journal | NullJournal) -> Planner:
         length=config.dataset.sequence_length,
         global_batch=task.global_batch,
         rates=make_rates(config.hardware),
+        twins=build.twins(config.hardware),
     )
 
 
@@ -100,7 +105,7 @@ def make_rates(hardware: HardwareConfig) -> Rates | None:
 def make_choice(config: Config) -> Choice:
     """The configured layout and micro batch."""
     layout, task = config.parallelism, config.task
-    assert isinstance(task, PlanConfig)
+    assert isinstance(task, (PlanConfig, PretrainConfig))
     sizes = degrees({axis: getattr(layout, axis) for axis in AXES}, config.hardware.num_devices)
     share = task.global_batch // (sizes["replicate"] * sizes["shard"])
     return Choice(
@@ -122,7 +127,7 @@ def check_parts(planner: Planner, plan: Plan, size: int) -> None:
         mesh = Mesh(world, choice.pipeline, choice.replicate, choice.shard, choice.tensor)
         real = laid_out(
             planner.shape,
-            planning_ops(planner.backend),
+            planner.ops,
             mesh,
             planner.precision,
             zero_stage=choice.zero_stage,

@@ -14,12 +14,14 @@ from bc2exp.data.batches import evaluation_batches, training_batches
 from bc2exp.data.tokens import TokenStream, require_samples
 from bc2exp.parallel.world import World
 from bc2exp.tasks import build
+from bc2exp.tasks.out_of_memory import telling_what_fits
 from bc2exp.tasks.prepare import PARTS, described, open_store
 from bc2exp.text.tokenizer import Tokenizer, find_tokenizer
 from bc2exp.tracking.journal import Journal, NullJournal
 from bc2exp.train.trainer import Trainer
 
 
+@telling_what_fits
 def pretrain(config: Config, folder: Path, world: World, journal: Journal | NullJournal) -> str:
     """Train a model on text; leaves checkpoints, the journal and the final weights in `folder`."""
     task, length = config.task, config.dataset.sequence_length
@@ -29,11 +31,11 @@ def pretrain(config: Config, folder: Path, world: World, journal: Journal | Null
     train, held_out = read_streams(config.dataset, tokenizer, vocab_size, journal)
     steps = total_steps(task, train.num_samples(length))
     mesh = build.make_mesh(config, vocab_size, world)
-    model = build.make_model(config.model, vocab_size, world.backend.ops)
+    model = build.make_model(config.model, vocab_size, build.make_ops(config.hardware, world))
     throughput = build.make_throughput(model, config, vocab_size, task.global_batch)
     layout = build.lay_out(model, mesh, config)
     build.fill(layout, config.model, seed=config.seed, init_std=task.init_std)
-    optimizer = build.make_optimizer(layout.model, task.optimizer)
+    optimizer = build.make_optimizer(layout.model, task.optimizer, config.hardware)
     checkpoints = build.make_checkpoints(folder, task, world, journal)
     progress = build.go_on(checkpoints, layout, optimizer, steps)
     journal.event("start", step=progress.step, steps=steps, world_size=world.size)

@@ -56,6 +56,7 @@ _ARTIFACTS = (
     "loss.png",
     "report.json",
     "plan.json",
+    "doctor.json",
     "lengths.png",
     "metrics.jsonl",
     "differences.jsonl",

@@ -10,13 +10,24 @@ from torch import nn
 
 
 def build_optimizer(
-    model: nn.Module, *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    model: nn.Module,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    fused: bool = True,
 ) -> torch.optim.AdamW:
-    """Fused AdamW over every parameter; the norms' vectors do not decay."""
+    """AdamW over every parameter; the norms' vectors do not decay.
+
+    `fused`: one operator for all weights of a kind. torch's own has a kernel on every device, knows sharded
+    parameters, and keeps each weight where it is; a device's own optimizer that moves them would not do.
+    """
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=eps, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

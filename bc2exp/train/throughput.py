@@ -29,6 +29,7 @@ class Throughput:
         num_devices: devices that share the work.
         flops_per_token: as above.
         peak_tflops: dense peak of one device; None: no MFU.
+        rehearsal: the devices are played by the host: its time is no device's, and nothing is a throughput.
     """
 
     global_batch: int
@@ -36,6 +37,7 @@ class Throughput:
     num_devices: int
     flops_per_token: float
     peak_tflops: float | None
+    rehearsal: bool = False
     _start: float = field(default_factory=time.perf_counter)
     _steps: int = 0
 
@@ -51,6 +53,8 @@ class Throughput:
         """Means over the steps since the last call or restart, and begin anew."""
         step_time = (time.perf_counter() - self._start) / self._steps
         self.restart()
+        if self.rehearsal:
+            return {"rehearsal/step_time_s": step_time}
         samples = self.global_batch / step_time
         tokens = samples * self.sequence_length / self.num_devices
         values = {

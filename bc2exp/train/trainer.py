@@ -146,8 +146,11 @@ class Trainer:
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         self.world.backend.synchronize()
-        memory = self.world.backend.peak_memory_bytes() / 2**30
-        self.journal.metrics(step, {**values, **self.throughput.measure(), "mem/peak_gib": memory})
+        memory = {"mem/peak_gib": self.world.backend.peak_memory_bytes() / 2**30}
+        allocated = self.world.backend.peak_allocated_bytes()
+        if allocated is not None:
+            memory["mem/peak_allocated_gib"] = allocated / 2**30
+        self.journal.metrics(step, {**values, **self.throughput.measure(), **memory})
 
     def _evaluate(self, step: int) -> None:
         if self.evaluation:

@@ -15,7 +15,7 @@ from bc2exp.config.load import digest, finalize, read
 from bc2exp.config.model import ModelConfig, Position, Schedule
 from bc2exp.config.overrides import assign
 from bc2exp.config.register import TASKS
-from bc2exp.config.task import PlanConfig, PretrainConfig, SyncConfig
+from bc2exp.config.task import DoctorConfig, PlanConfig, PretrainConfig, SyncConfig
 
 Composed = Callable[..., DictConfig]
 
@@ -140,6 +140,8 @@ def test_resolved_yaml_reads_back_typed(task: str, composed: Composed, tmp_path:
         assert isinstance(typed.task.optimizer.lr, float)
     elif isinstance(typed.task, SyncConfig):
         assert typed.task.run is None
+    elif isinstance(typed.task, DoctorConfig):
+        assert typed.task.micro_batch == 1
     elif isinstance(typed.task, PlanConfig):
         assert typed.task.global_batch == 8
     else:

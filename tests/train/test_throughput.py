@@ -78,3 +78,16 @@ def test_mfu_is_the_used_part_of_a_named_peak(clock):
     measure.count_step()
     # 1170 tokens a second a device, 45.2 GFLOP each, of 313 TFLOP/s
     assert measure.measure()["perf/mfu"] == pytest.approx(32 * 4096 / 14 / 8 * 45.2e9 / 313e12)
+
+
+def test_a_rehearsal_measures_no_throughput() -> None:
+    speed = Throughput(
+        global_batch=4,
+        sequence_length=8,
+        num_devices=2,
+        flops_per_token=1.0,
+        peak_tflops=1.0,
+        rehearsal=True,
+    )
+    speed.count_step()
+    assert list(speed.measure()) == ["rehearsal/step_time_s"]
