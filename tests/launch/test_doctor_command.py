@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 LOST_CAUSALITY = """
 import torch
 from bc2exp.hardware import cpu
@@ -20,6 +22,7 @@ def report_of(launch):
     return json.loads((launch.only_run() / "doctor.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_healthy_machine(launch):
     words = ("task=doctor", "hardware=4cpu", "parallelism=tp2_zero3", "parallelism.shard=2")
     command = launch.run(*words)

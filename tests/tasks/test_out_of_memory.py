@@ -64,6 +64,7 @@ def own_bytes(config):
     return float(size) * UNITS[unit]
 
 
+@pytest.mark.slow
 def test_the_nearest_that_fit_are_named_with_their_memory(tmp_path):
     config = small_config(tmp_path, *ZERO3)
     own = own_bytes(config)
