@@ -1,8 +1,9 @@
 """A folder of tensors that cannot be read wrongly: safetensors files and a manifest with a checksum a tensor.
 
-The manifest, `manifest.json`, lists every file, and of every tensor in it the dtype, shape and SHA-256 of its
-bytes; it holds a checksum of itself, too. Reading compares everything. Nothing here is a pickle: a damaged or
-a hostile folder can be refused, but it cannot run code.
+The manifest, `manifest.json`, lists every file with the SHA-256 of its header, and of every tensor in it the
+dtype, shape and SHA-256 of its bytes; it holds a checksum of itself, too. Reading compares everything, so no
+bit changes unnoticed. Nothing here is a pickle: a damaged or a hostile folder can be refused, but it cannot
+run code.
 
 One process writes a folder with `save_tensors`. Several processes write one together with the parts it is
 made of: each `write_file`, one of them `write_manifest` with all entries, then `atomic.publish_folder`.
@@ -15,7 +16,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +31,8 @@ MANIFEST = "manifest.json"
 _FORMAT = "bc2exp tensors 1"
 
 FileEntry = dict[str, Any]
-"""What the manifest says of one file: {"bytes": int, "tensors": {name: {"dtype", "shape", "sha256"}}}."""
+"""What the manifest says of one file: {"bytes": int, "header": SHA-256 of what stands before the tensors (in
+checkpoints; conversions leave it out), "tensors": {name: {"dtype", "shape", "sha256"}}}."""
 
 
 class DamagedCheckpoint(ValueError):
@@ -73,7 +75,7 @@ def write_file(path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor]
         seen.add(address)
     save_file(local, os.fspath(path), metadata={"format": "pt"})
     described = {name: {**_kind(tensor), "sha256": checksum(tensor)} for name, tensor in local.items()}
-    return {"bytes": os.path.getsize(path), "tensors": described}
+    return {"bytes": os.path.getsize(path), "header": _header_digest(Path(path)), "tensors": described}
 
 
 def write_manifest(
@@ -115,7 +117,12 @@ def load_file(
     manifest does not list.
     """
     path = Path(folder) / file_name
-    entry = manifest["files"][file_name]
+    wanted = manifest["files"][file_name]["tensors"] if names is None else names
+    return dict(_read_checked(path, manifest["files"][file_name], wanted))
+
+
+def _read_checked(path: Path, entry: FileEntry, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors `names` of a file one by one, compared with its entry. Raises as `load_file` does."""
     expected = entry["tensors"]
     try:
         if (size := path.stat().st_size) != entry["bytes"]:
@@ -123,10 +130,11 @@ def load_file(
         with safe_open(os.fspath(path), framework="pt") as file:
             if missing := sorted(set(expected) ^ set(file.keys())):
                 raise DamagedCheckpoint(f"{path}: tensor {missing[0]!r} is in the manifest or the file only")
-            return {
-                name: _checked(file.get_tensor(name), expected[name], f"{path}: tensor {name!r}")
-                for name in (expected if names is None else names)
-            }
+            for name in names:
+                yield name, _checked(file.get_tensor(name), expected[name], f"{path}: tensor {name!r}")
+        # Last, as what is wrong with a tensor says more.
+        if "header" in entry and _header_digest(path) != entry["header"]:
+            raise DamagedCheckpoint(f"{path}: the checksum of its header differs, the file is damaged")
     except (OSError, SafetensorError) as error:
         raise DamagedCheckpoint(f"{path}: cannot be read: {error}") from None
 
@@ -138,19 +146,28 @@ def load_tensors(folder: str | os.PathLike[str]) -> tuple[dict[str, dict[str, to
 
 
 def verify(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read everything in `folder`, one file at a time, keep none of it, and return the manifest.
+    """Read everything in `folder`, one tensor at a time, keep none of it, and return the manifest.
 
     Raises DamagedCheckpoint at the first thing that is wrong.
     """
     manifest = read_manifest(folder)
-    for name in manifest["files"]:
-        load_file(folder, name, manifest)
+    for name, entry in manifest["files"].items():
+        for _ in _read_checked(Path(folder) / name, entry, entry["tensors"]):
+            pass
     return manifest
 
 
 def checksum(tensor: torch.Tensor) -> str:
     """SHA-256, in hex, of the bytes of a contiguous CPU tensor of any dtype."""
     return hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _header_digest(path: Path) -> str:
+    """SHA-256 of all that a safetensors file has before its tensors."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        file.seek(0)
+        return hashlib.sha256(file.read(8 + min(length, os.fstat(file.fileno()).st_size))).hexdigest()
 
 
 def _kind(tensor: torch.Tensor) -> dict[str, Any]:

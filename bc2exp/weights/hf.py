@@ -1,44 +1,55 @@
-"""Folders in the published (Hugging Face) layout: config.json, safetensors shards and their index.
+"""Folders in the published (Hugging Face) layout: config.json, weights in shards and their index.
 
-Read and written tensor by tensor; nothing is ever unpickled. Names and fields: `hf_layout`.
+Read piece by piece from mapped files, written tensor by tensor; nothing is ever unpickled but by torch's
+weights-only reader. Names and fields: `hf_layout`.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bc2exp.config.weight_files import (
+    INDEXES,
+    SAFETENSORS,
+    max_positions_of,
+    read_config,
+    tensor_files,
+    weight_kind,
+)
 from bc2exp.hardware import get_backend
 from bc2exp.hardware.base import Ops
 from bc2exp.model.baichuan2 import Baichuan2
 from bc2exp.storage import atomic
 from bc2exp.weights import hf_layout
+from bc2exp.weights.containers import open_safetensors, open_torch, plain_tensors
+from bc2exp.weights.layout import Weights, differences
+from bc2exp.weights.writing import MAX_SHARD_BYTES, Flusher, SafetensorsWriter
 
-INDEX = "model.safetensors.index.json"
+INDEX = INDEXES[SAFETENSORS]
 
 Assign = Callable[[str, nn.Parameter, Tensor], None]
-"""Puts a whole tensor into the parameter of that name; a sharded model takes its part of it."""
+"""Puts what was read into the parameter of that name."""
+Slices = Callable[[str], tuple[slice, ...]]
+"""The rows and columns of a parameter that are to be read."""
 
 
 def load_hf(folder: Path | str, dtype: torch.dtype = torch.float32, ops: Ops | None = None) -> nn.Module:
     """The model in `folder`, on the CPU, its weights in `dtype`; `ops` default to the CPU's.
 
-    Raises ValueError as `load_hf_into` does.
+    Raises ValueError as `open_hf` does.
     """
-    folder = Path(folder)
+    weights = open_hf(folder)
     with torch.device("meta"):
-        model = Baichuan2(**read_shape(folder), ops=ops or get_backend("cpu").ops)
+        model = Baichuan2(**weights.shape, ops=ops or get_backend("cpu").ops)
     model.to(dtype).to_empty(device="cpu")
-    load_hf_into(model, folder)
+    load_into(model, weights)
     return model
 
 
@@ -49,36 +60,58 @@ def load_hf_into(
     assign: Assign | None = None,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
-    """Fill the parameters of `model`, which may be a stage of a pipeline, with the weights in `folder`.
+    """Fill the parameters of `model` with the weights in `folder`; see `open_hf` and `load_into`."""
+    load_into(model, open_hf(folder), assign=assign, shapes=shapes)
 
-    By default each parameter is copied into, in its own type and on its own device; for parameters that
-    hold only a part of their tensor give `assign`, and the whole shapes by name.
 
-    Raises ValueError for a folder that is not a Baichuan2 in safetensors, whose tensors are not those its
-    config.json calls for, or do not fit the model: one error that names every tensor concerned.
+def load_into(
+    model: nn.Module,
+    weights: Weights,
+    *,
+    assign: Assign | None = None,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    slices: Slices | None = None,
+) -> None:
+    """Fill the parameters of `model`, which may be a stage of a pipeline, with `weights`.
+
+    By default each parameter is copied into, in its own type and on its own device. For parameters that
+    hold only a part of their tensor give `assign`, the whole shapes by name, and `slices` where no more than
+    the part is to be read: `assign` gets what was read, which is a view of the file where that is possible.
+
+    Raises ValueError where a parameter has another shape than in `weights`: one error that names them all.
+    """
+    problems = []
+    for name, parameter in model.named_parameters():
+        wanted = tuple(parameter.shape) if shapes is None else shapes[name]
+        if weights.shapes.get(name) != wanted:
+            there = weights.shapes.get(name, "nothing of that name")
+            problems.append(f"the model's {name} {wanted} has no match in the folder, which has {there}")
+    if problems:
+        raise ValueError(f"does not hold this model: {'; '.join(problems)}")
+    for name, parameter in model.named_parameters():
+        (assign or _copy)(name, parameter, weights.read(name, *(slices(name) if slices else ())))
+
+
+def _copy(name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
+    parameter.detach().copy_(tensor)
+
+
+def open_hf(folder: Path | str) -> Weights:
+    """The weights of a folder in the published layout.
+
+    Raises ValueError for a folder that is not a Baichuan2 in safetensors or torch's .bin, or whose tensors
+    are not those its config.json calls for: one error that names every tensor concerned.
     """
     folder = Path(folder)
-    expected = hf_layout.published_shapes(read_shape(folder))
-    files, found = _read_headers(folder)
-    problems = _differences(found, expected)
-    for name, parameter in model.named_parameters():
-        theirs, third = hf_layout.published_name(name)
-        wanted = tuple(parameter.shape) if shapes is None else shapes[name]
-        whole = wanted if third is None else (3 * wanted[0], *wanted[1:])
-        if expected.get(theirs) != whole:
-            problems.append(f"the model's {name} {wanted} has no match in a folder of this config.json")
+    config = read_config(folder)
+    shape = hf_layout.from_config(config)
+    tensors, absent = read_tensors(folder)
+    plan, expected = hf_layout.published_plan(shape), hf_layout.published_shapes(shape)
+    problems = differences({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
+    problems += [f"in the index only: {name}" for name in absent if name not in expected]
     if problems:
-        raise ValueError(f"{folder} does not hold this model: {'; '.join(problems)}")
-    for name, parameter in model.named_parameters():
-        theirs, third = hf_layout.published_name(name)
-        with safe_open(files[theirs], "pt") as file:
-            if third is None:
-                tensor = file.get_tensor(theirs)
-            else:
-                rows = expected[theirs][0] // 3
-                tensor = file.get_slice(theirs)[third * rows : (third + 1) * rows]
-        (assign or _copy)(name, parameter, tensor)
-        del tensor  # before the next is read: a rank may have room for its parts and little else
+        raise ValueError(f"{folder} does not hold this model, that of its config.json: {'; '.join(problems)}")
+    return Weights(plan, tensors, shape, max_positions_of(config))
 
 
 def read_shape(folder: Path | str) -> dict[str, Any]:
@@ -86,18 +119,41 @@ def read_shape(folder: Path | str) -> dict[str, Any]:
 
     Raises ValueError where config.json is missing, no JSON, or not of a Baichuan2.
     """
-    return hf_layout.from_config(_read_json(Path(folder) / "config.json"))
+    return hf_layout.from_config(read_config(Path(folder)))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist: not a folder of published weights") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+def read_tensors(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """Every tensor in the files of `folder`, mapped; the files an index names, or without one all. And what
+    the index names, but no file holds.
+
+    Raises ValueError for damaged and hostile files, and for a tensor that is in two of them or in another
+    than the index says.
+    """
+    kind = weight_kind(folder)
+    if kind not in INDEXES:
+        raise ValueError(f"{folder} holds shards of ModelLink, not the published layout")
+    paths, index = tensor_files(folder, kind)
+    tensors: dict[str, Tensor] = {}
+    files: dict[str, str] = {}
+    for path in paths:
+        found = open_safetensors(path) if kind == SAFETENSORS else plain_tensors(_mapping(path), path)
+        for name, tensor in found.items():
+            if hf_layout.is_derived(name):
+                continue
+            if name in tensors:
+                raise ValueError(f"{path}: holds {name}, which {files[name]} holds, too")
+            tensors[name], files[name] = tensor, path.name
+    index = {name: file for name, file in (index or {}).items() if not hf_layout.is_derived(name)}
+    for name, file in index.items():
+        if files.get(name, file) != file:
+            raise ValueError(f"{folder / INDEXES[kind]}: {name} is not in {file}, but in {files[name]}")
+    return tensors, [name for name in index if name not in files]
+
+
+def _mapping(path: Path) -> Mapping[Any, Any]:
+    value = open_torch(path)
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{path}: holds a {type(value).__name__} and no tensors by name")
     return value
 
 
@@ -108,13 +164,12 @@ def save_hf(
     config: Mapping[str, Any],
     dtype: torch.dtype,
     tokenizer: Path | str | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a model's parameters as `folder`, in the published layout.
 
-    `tensors` are named as in the model; an iterable is drained one by one, and no more than a shard and
-    a layer's unfinished W_pack is held. `config`: see `hf_layout.to_config`. `tokenizer` is the
-    SentencePiece file, copied as tokenizer.model.
+    `tensors` are named as in the model; an iterable is drained one by one, and none is held. `config`: see
+    `hf_layout.to_config`. `tokenizer` is the SentencePiece file, copied as tokenizer.model.
 
     The folder appears whole or not at all. Raises ValueError where it exists already, or where `tensors`
     are not those of a model of this shape: one error that names every tensor concerned.
@@ -126,117 +181,59 @@ def save_hf(
     temporary.mkdir(parents=True)
     try:
         pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
-        written = _write_shards(pairs, temporary, dtype, max_shard_bytes)
-        problems = _differences(written, hf_layout.published_shapes(config))
-        if problems:
-            raise ValueError(f"these tensors are not of a model of this shape: {'; '.join(problems)}")
-        atomic.write_json(temporary / "config.json", hf_layout.to_config(config, dtype))
-        if tokenizer is not None:
-            shutil.copyfile(tokenizer, temporary / "tokenizer.model")
+        flusher = Flusher()
+        try:
+            _write_all(pairs, temporary, config, dtype, max_shard_bytes, flusher)
+        finally:
+            flusher.close()
+        write_beside(temporary, {**config}, dtype, tokenizer)
         atomic.publish_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _copy(name: str, parameter: nn.Parameter, tensor: Tensor) -> None:
-    parameter.detach().copy_(tensor)
+def _write_all(
+    pairs: Iterable[tuple[str, Tensor]],
+    folder: Path,
+    config: Mapping[str, Any],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    flusher: Flusher,
+) -> None:
+    """Write the shards; ValueError where the tensors are not those of the model."""
+    plan, shapes = hf_layout.published_plan(config), hf_layout.published_shapes(config)
+    places, sizes = {}, {}
+    for key, parts in plan.items():
+        row = 0
+        for part in parts:
+            places[part.name] = (key, row)
+            sizes[part.name] = (part.num_rows, *shapes[key][1:])
+            row += part.num_rows
+    writer = SafetensorsWriter(
+        folder, {key: (dtype, shape) for key, shape in shapes.items()}, max_shard_bytes, flusher
+    )
+    try:
+        found: dict[str, tuple[int, ...]] = {}
+        for name, tensor in pairs:
+            found[name] = tuple(tensor.shape)
+            if sizes.get(name) == found[name]:
+                key, row = places[name]
+                writer.put(key, tensor.detach().to("cpu", dtype), row)
+            del tensor  # before the next comes
+        problems = differences(found, sizes)
+        if problems:
+            raise ValueError(f"these tensors are not of a model of this shape: {'; '.join(problems)}")
+        writer.finish()
+    finally:
+        writer.close()
 
 
-def _differences(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """What is wrong with the tensors found, by name; empty if nothing is."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} {found[name]} instead of {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "of a wrong shape": misshapen}
-    return [f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
-
-
-def _read_headers(folder: Path) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-    """The file and the shape of every tensor in `folder`."""
-    files: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _shard_paths(folder):
-        try:
-            with safe_open(path, "pt") as file:
-                names = file.keys()
-                for name in names:
-                    if not hf_layout.is_derived(name):
-                        files[name] = path
-                        shapes[name] = tuple(file.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
-    return files, shapes
-
-
-def _shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those its index names, or without an index all."""
-    if (folder / INDEX).exists():
-        weight_map = _read_json(folder / INDEX).get("weight_map", {})
-        return [folder / name for name in sorted(set(weight_map.values()))]
-    paths = sorted(folder.glob("*.safetensors"))
-    if not paths and any(folder.glob("*.bin")):
-        raise ValueError(
-            f"{folder} holds pickled weights (*.bin), which can run code when they are loaded: "
-            "convert them to safetensors first"
-        )
-    if not paths:
-        raise ValueError(f"{folder} holds no safetensors")
-    return paths
-
-
-def _write_shards(
-    tensors: Iterable[tuple[str, Tensor]], folder: Path, dtype: torch.dtype, max_shard_bytes: int
-) -> dict[str, tuple[int, ...]]:
-    """Write the shards and their index; returns the shape of every tensor written."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _shards(_packed(tensors), dtype, max_shard_bytes):
-        shards.append(list(shard))
-        shapes |= {name: tuple(tensor.shape) for name, tensor in shard.items()}
-        total += sum(tensor.nbytes for tensor in shard.values())
-        save_file(shard, folder / f"{len(shards)}.part", metadata={"format": "pt"})
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        # The names say how many shards there are, which is known only now.
-        path = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"{number}.part").rename(folder / path)
-        weight_map |= dict.fromkeys(names, path)
-    atomic.write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return shapes
-
-
-def _shards(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, max_shard_bytes: int
-) -> Iterator[dict[str, Tensor]]:
-    """Groups of tensors on the CPU in `dtype`, each of at most `max_shard_bytes` or a single tensor."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors:
-        tensor = tensor.detach().to("cpu", dtype).contiguous()
-        if shard and size + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    yield shard
-
-
-def _packed(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under their published names, each W_pack once its three parts have come."""
-    unfinished: dict[str, dict[int, Tensor]] = {}
-    for name, tensor in tensors:
-        theirs, third = hf_layout.published_name(name)
-        if third is None:
-            yield theirs, tensor
-            continue
-        parts = unfinished.setdefault(theirs, {})
-        parts[third] = tensor
-        if len(parts) == len(hf_layout.PACKED):
-            del unfinished[theirs]
-            yield theirs, torch.cat([parts[part] for part in sorted(parts)])
+def write_beside(
+    folder: Path, config: Mapping[str, Any], dtype: torch.dtype, tokenizer: Path | str | None
+) -> None:
+    """Write what stands beside the weights: config.json, generation_config.json, the tokenizer."""
+    atomic.write_json(folder / "config.json", hf_layout.to_config(config, dtype))
+    atomic.write_json(folder / "generation_config.json", hf_layout.GENERATION)
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
