@@ -24,7 +24,7 @@ class MicroBatch:
     Attributes:
         input_ids: int64 [batch, sequence].
         labels: int64 [batch, sequence]: the token after each input, or -100.
-        samples: the sample of each row; -1 for a row that only fills up.
+        samples: the sample of each row, -1 for a row that only fills up; of packed rows, all that are in it.
         segment_ids: int64 [batch, sequence]: the document of each input, from 1 up, 0 in a row that only
             fills up; None where attention does not stop at the end of a document.
     """

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from bc2exp.config.errors import UserError
 from bc2exp.data import rows
 from bc2exp.data.line_files import skip_mark
-from bc2exp.data.rows import BadRow, Meter, Row
+from bc2exp.data.rows import BadRow, Meter, Record, Row
 
 _CHUNK_BYTES = 2**20
 
@@ -40,12 +40,29 @@ def read_csv(path: Path, column: str, max_row_bytes: int, meter: Meter) -> Itera
     Raises:
         UserError: no such column, or two of that name; a quote that never ends.
     """
+    for row in read_csv_records(path, {column: "dataset.column"}, max_row_bytes, meter, blank=True):
+        if isinstance(row, Record):
+            yield rows.judge(row.file, row.number, row.values[column], max_row_bytes)
+        else:
+            yield row
+
+
+def read_csv_records(
+    path: Path, columns: dict[str, str], max_row_bytes: int, meter: Meter, *, blank: bool = False
+) -> Iterator[Record | BadRow]:
+    """The fields of a csv file in `columns` ({column: key that names it}), as text that nobody has judged.
+
+    A line without any field is passed over; with `blank` it is a record of empty fields.
+
+    Raises:
+        UserError: as `read_csv`.
+    """
     # The module's own limit is one for the whole process; it is only ever raised.
     csv.field_size_limit(max(csv.field_size_limit(), max_row_bytes))
     file = rows.printable(path)
     records = _records(path, max_row_bytes, meter)
     header = _header(path, records)
-    position = rows.find_column(path, header, column)
+    positions = {column: rows.find_column(path, header, column, key) for column, key in columns.items()}
     for number, (content, whole) in enumerate(records, 1):
         if not whole:
             yield rows.bad(file, number, rows.TOO_LONG, content)
@@ -60,11 +77,12 @@ def read_csv(path: Path, column: str, max_row_bytes: int, meter: Meter) -> Itera
             yield rows.bad(file, number, rows.NOT_CSV, content)
             continue
         if not fields:
-            yield Row(file, number, "")
+            if blank:
+                yield Record(file, number, dict.fromkeys(columns, ""))
         elif len(fields) != len(header):
             yield rows.bad(file, number, rows.NUM_FIELDS, content)
         else:
-            yield rows.judge(file, number, fields[position], max_row_bytes)
+            yield Record(file, number, {column: fields[at] for column, at in positions.items()})
 
 
 def check_csv(path: Path, column: str, max_row_bytes: int) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bc2exp.config.errors import UserError
 from bc2exp.data import rows
-from bc2exp.data.rows import BadRow, Meter, Row
+from bc2exp.data.rows import BadRow, Meter, Record, Row
 
 _UTF8_MARK = b"\xef\xbb\xbf"
 _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
@@ -44,7 +44,34 @@ def read_jsonl(path: Path, key: str, max_row_bytes: int, meter: Meter) -> Iterat
                 yield _value(file, number, line, key, max_row_bytes)
 
 
+def read_jsonl_records(
+    path: Path, keys: dict[str, str], max_row_bytes: int, meter: Meter
+) -> Iterator[Record | BadRow]:
+    """What stands under `keys` ({key: who names it}) of the JSON object on each line; blank ones are passed
+    over."""
+    file = rows.printable(path)
+    with path.open("rb") as stream:
+        for number, (line, whole) in enumerate(_lines(path, stream, max_row_bytes, meter), 1):
+            if not whole:
+                yield rows.bad(file, number, rows.TOO_LONG, line)
+            elif line.strip():
+                record = _object(file, number, line, tuple(keys))
+                values = {key: record[key] for key in keys} if isinstance(record, dict) else {}
+                yield record if isinstance(record, BadRow) else Record(file, number, values)
+
+
 def _value(file: str, number: int, line: bytes, key: str, max_row_bytes: int) -> Row | BadRow:
+    record = _object(file, number, line, (key,))
+    if isinstance(record, BadRow):
+        return record
+    value = record[key]
+    if value is not None and not isinstance(value, str):
+        return rows.bad(file, number, rows.NOT_TEXT, line)
+    return rows.judge(file, number, value, max_row_bytes)
+
+
+def _object(file: str, number: int, line: bytes, keys: tuple[str, ...]) -> dict[str, Any] | BadRow:
+    """The JSON object on a line, which has all `keys`."""
     try:
         # not json.loads(line): bytes that do not look like UTF-8 would be taken for UTF-16 or UTF-32
         record = json.loads(line.decode("utf-8"))
@@ -56,12 +83,9 @@ def _value(file: str, number: int, line: bytes, key: str, max_row_bytes: int) ->
         return rows.bad(file, number, rows.NUL if b"\0" in line else reason, line)
     if not isinstance(record, dict):
         return rows.bad(file, number, rows.NOT_JSON, line)
-    if key not in record:
+    if any(key not in record for key in keys):
         return rows.bad(file, number, rows.MISSING_KEY, line)
-    value = record[key]
-    if value is not None and not isinstance(value, str):
-        return rows.bad(file, number, rows.NOT_TEXT, line)
-    return rows.judge(file, number, value, max_row_bytes)
+    return record
 
 
 def skip_mark(path: Path, stream: BinaryIO, meter: Meter) -> None:

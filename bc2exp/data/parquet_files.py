@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from bc2exp.config.errors import UserError
 from bc2exp.data import rows
-from bc2exp.data.rows import BadRow, Meter, Row
+from bc2exp.data.rows import BadRow, Meter, Record, Row
 
 _BATCH_ROWS = 4096
 _BATCH_BYTES = 2**22
@@ -50,6 +51,28 @@ def read_parquet(path: Path, column: str, max_row_bytes: int, meter: Meter) -> I
                 yield rows.judge(file, number, text, max_row_bytes)
 
 
+def read_parquet_records(
+    path: Path, columns: dict[str, str], max_row_bytes: int, meter: Meter
+) -> Iterator[Record | BadRow]:
+    """The values of a parquet file in `columns` ({column: key that names it}); texts as bytes, other types as
+    Python has them.
+
+    Raises:
+        UserError: no such column.
+        pyarrow.ArrowException, OSError: the file is damaged.
+    """
+    file, number = rows.printable(path), 0
+    with _open(path) as parquet:
+        for column, key in columns.items():
+            rows.find_column(path, parquet.schema_arrow.names, column, key)
+        for batch in parquet.iter_batches(_BATCH_ROWS, columns=list(columns), use_threads=False):
+            lists = [_values_of(batch.column(column)) for column in columns]
+            for values in zip(*lists, strict=True):
+                number += 1
+                yield Record(file, number, dict(zip(columns, values, strict=True)))
+    meter.bytes_done += path.stat().st_size
+
+
 def check_parquet(path: Path, column: str) -> None:
     """Raise as `read_parquet` does for what the end of the file tells."""
     with _open(path) as parquet:
@@ -68,6 +91,10 @@ def _bytes_of(texts: pa.Array) -> pa.Array:
         texts = texts.dictionary_decode()
     # not cast(): that would load all of pyarrow.compute for it
     return texts.view(_AS_BYTES[texts.type])
+
+
+def _values_of(values: pa.Array) -> list[Any]:
+    return (_bytes_of(values) if _is_text(values.type) else values).to_pylist()
 
 
 def _batch_rows(parquet: pyarrow.parquet.ParquetFile, column: str) -> int:

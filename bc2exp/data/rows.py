@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bc2exp.config.errors import UserError
 
@@ -42,6 +42,20 @@ class Row(NamedTuple):
     file: str
     number: int
     text: str
+
+
+class Record(NamedTuple):
+    """A row of several columns, whose values nobody has judged.
+
+    Attributes:
+        file: the path of its file, printable.
+        number: its number in that file, from 1, counted as for good rows.
+        values: {column: value}: text from a csv, what JSON or Arrow have elsewhere.
+    """
+
+    file: str
+    number: int
+    values: dict[str, Any]
 
 
 class BadRow(NamedTuple):
@@ -103,15 +117,16 @@ def printable(path: Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
-def find_column(path: Path, names: list[str], column: str) -> int:
-    """The position of `column` among the columns of a file, which must have it once.
+def find_column(path: Path, names: list[str], column: str, key: str = "dataset.column") -> int:
+    """The position of `column`, which the configuration names under `key`, among the columns of a file, which
+    must have it once.
 
     Raises:
         UserError: no such column, or several.
     """
     if (count := names.count(column)) != 1:
         found = f"{count} columns of that name" if count else "no such column"
-        raise UserError(f"dataset.column={column}: {path} has {found}; it has {', '.join(names) or 'none'}")
+        raise UserError(f"{key}={column}: {path} has {found}; it has {', '.join(names) or 'none'}")
     return names.index(column)
 
 

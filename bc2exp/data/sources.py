@@ -16,10 +16,10 @@ import pyarrow as pa
 
 from bc2exp.config.errors import UserError
 from bc2exp.config.text_files import find_text_files, needs_column
-from bc2exp.data.csv_files import check_csv, read_csv
-from bc2exp.data.line_files import read_jsonl, read_txt
-from bc2exp.data.parquet_files import check_parquet, read_parquet
-from bc2exp.data.rows import MAX_ROW_BYTES, BadRow, Meter, Row
+from bc2exp.data.csv_files import check_csv, read_csv, read_csv_records
+from bc2exp.data.line_files import read_jsonl, read_jsonl_records, read_txt
+from bc2exp.data.parquet_files import check_parquet, read_parquet, read_parquet_records
+from bc2exp.data.rows import MAX_ROW_BYTES, BadRow, Meter, Record, Row
 from bc2exp.embedded import CORPUS, REVIEWS
 
 
@@ -102,6 +102,25 @@ def read_rows(source: TextSource, meter: Meter | None = None) -> Iterator[Row | 
     else:
         for turn in zip_longest(*readers):
             yield from (row for row in turn if row is not None)
+
+
+def read_records(source: TextSource, columns: dict[str, str]) -> Iterator[Record | BadRow]:
+    """The values in several columns of all rows, in order; their texts are not judged.
+
+    Args:
+        source: what to read; its own column does not count.
+        columns: of every file; {column: key of the configuration that names it}.
+
+    Raises:
+        UserError: as `read_rows`; a .txt, which has no columns.
+    """
+    readers = {".parquet": read_parquet_records, ".csv": read_csv_records, ".jsonl": read_jsonl_records}
+    for path in source.files:
+        reader = readers.get(path.suffix.lower())
+        if reader is None:
+            raise UserError(f"dataset.path={path}: has no columns; .csv, .jsonl and .parquet have")
+        with _naming(path):
+            yield from reader(path, columns, source.max_row_bytes, Meter())
 
 
 def _read(path: Path, source: TextSource, meter: Meter) -> Iterator[Row | BadRow]:

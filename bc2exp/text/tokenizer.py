@@ -27,7 +27,7 @@ class Tokenizer:
     Attributes:
         path: the model file.
         vocab_size: number of pieces.
-        eos_id: the id that ends a text.
+        unk_id, bos_id, eos_id: the ids of what is no piece of any text, of a beginning and of an end.
         digest: sha256 of the file, hexadecimal.
     """
 
@@ -45,11 +45,22 @@ class Tokenizer:
             ) from None
         self.digest = hashlib.sha256(content).hexdigest()
         self.vocab_size: int = self._processor.get_piece_size()
+        self.unk_id: int = self._processor.unk_id()
+        self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; nothing is added."""
         return list(self._processor.encode(text))
+
+    def piece(self, index: int) -> str:
+        """The piece of an id: `</s>` for 2."""
+        return str(self._processor.id_to_piece(index))
+
+    def find_piece(self, piece: str) -> int | None:
+        """The id of a piece; None where the model has no such piece."""
+        index: int = self._processor.piece_to_id(piece)
+        return index if self.piece(index) == piece else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids: `decode(encode(text)) == text`."""

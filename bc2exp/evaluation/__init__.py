@@ -1,0 +1,1 @@
+"""Judging a model: scores of single rows, and statistics over them."""
