@@ -65,6 +65,18 @@ class Rotary(Protocol):
         ...
 
 
+class Exponentials(Protocol):
+    """What softmax does to the logits of a chunk of positions, and its gradient needs of them."""
+
+    def __call__(self, products: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+        """Sums of exp(scale * products - shift) over the last dim, fp32 [C], of products [C, V].
+
+        In their place, and in their type, come scale * exp(scale * products - shift). scale is fp32 [V],
+        shift fp32 [C], nothing by default. All is computed in fp32.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Ops:
     """The operations a model asks of its device; each fused answer has a twin in `eager`."""
@@ -73,6 +85,7 @@ class Ops:
     rms_norm: RmsNorm
     swiglu: SwiGlu
     rotary: Rotary
+    exponentials: Exponentials
 
 
 class Backend(Protocol):
@@ -96,6 +109,11 @@ class Backend(Protocol):
     @property
     def collectives(self) -> str:
         """Name of the torch.distributed backend that joins several such devices."""
+        ...
+
+    @property
+    def pins_memory(self) -> bool:
+        """Whether copies to the host are faster into memory of it that is locked to its place."""
         ...
 
     def device(self, local_rank: int) -> torch.device:
@@ -123,6 +141,18 @@ class Backend(Protocol):
 
     def total_memory_bytes(self) -> int | None:
         """Memory of this rank's device; None where ranks have no memory of their own."""
+        ...
+
+    def free_memory_bytes(self) -> int | None:
+        """What of it nobody has taken, this process and others; None as above."""
+        ...
+
+    def device_name(self) -> str:
+        """What kind of device this rank has, as its driver says it."""
+        ...
+
+    def runtime(self) -> dict[str, str]:
+        """Versions of what lies between torch and the device, by name."""
         ...
 
     def count(self) -> int | None:

@@ -17,20 +17,24 @@ from bc2exp.hardware.base import Ops
 
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 2e-2}
 """Relative errors that rounding explains: sums of some hundred terms in fp32, 8 bits of a value in bf16."""
+_ADAMW_STEPS = 3
 
 
 class Comparison(NamedTuple):
     """One operation in one type.
 
     Attributes:
-        name: of the operation and its case.
+        name: of the operation, as `Ops` and the configuration have it.
+        case: what of it, "" where there is one case only.
         dtype: type of its input.
-        forward, backward: largest relative error of the output, and of the gradients of all its inputs.
+        forward, backward: largest relative error of the output, and of the gradients of all its inputs; of
+            the optimizer, of the weights' change and of the moments.
         allowed: both may be so large.
         problem: what was raised instead, "" where nothing was.
     """
 
     name: str
+    case: str
     dtype: torch.dtype
     forward: float
     backward: float
@@ -59,13 +63,41 @@ def compare(
     """Every operation of `ops` in every type; `slopes` [heads] are ALiBi's."""
     for dtype in TOLERANCES:
         generator = torch.Generator().manual_seed(seed)
-        for name, inputs, call in _cases(shapes, slopes, generator):
-            yield _compare(name, ops, device, dtype, inputs, call)
+        for name, case, inputs, call in _cases(shapes, slopes, generator):
+            yield _compare(name, case, ops, device, dtype, inputs, call)
+
+
+def compare_adamw(device: torch.device, num_weights: int, seed: int, *, fused: bool) -> Comparison:
+    """Three steps of torch's AdamW on the device beside the plain one on the host, in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = 0.1 * torch.randn(num_weights, generator=generator)
+    gradients = [torch.randn(num_weights, generator=generator) for _ in range(_ADAMW_STEPS)]
+    allowed = TOLERANCES[torch.float32]
+    expected = _adamw(weight, gradients, torch.device("cpu"), fused=False)
+    try:
+        found = _adamw(weight, gradients, device, fused=fused)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # as below
+        return Comparison("adamw", "", torch.float32, nan, nan, allowed, f"{type(error).__name__}: {error}")
+    errors = [_error(mine, twin) for mine, twin in zip(found, expected, strict=True)]
+    return Comparison("adamw", "", torch.float32, errors[0], max(errors[1:]), allowed, "")
+
+
+def _adamw(weight: Tensor, gradients: list[Tensor], device: torch.device, *, fused: bool) -> list[Tensor]:
+    """The change of the weights and both moments, on the host."""
+    parameter = torch.nn.Parameter(weight.to(device, copy=True))
+    optimizer = torch.optim.AdamW([parameter], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    for gradient in gradients:
+        parameter.grad = gradient.to(device)
+        optimizer.step()
+    state = optimizer.state[parameter]
+    return [parameter.detach().cpu() - weight, state["exp_avg"].cpu(), state["exp_avg_sq"].cpu()]
 
 
 def _cases(
     shapes: Shapes, slopes: Tensor, generator: torch.Generator
-) -> Iterator[tuple[str, list[Tensor], Callable[..., Tensor]]]:
+) -> Iterator[tuple[str, str, list[Tensor], Callable[..., Tensor]]]:
     batch, length, heads, dim, inner = shapes
 
     def random(*size: int) -> Tensor:
@@ -85,18 +117,20 @@ def _cases(
         return call
 
     segments = torch.arange(length).div(max(1, length // 3), rounding_mode="floor").expand(batch, -1) + 1
-    for name, ids, with_slopes in (
-        ("attention, causal", None, False),
-        ("attention, segments", segments.contiguous(), False),
-        ("attention, ALiBi", None, True),
-        ("attention, ALiBi and segments", segments.contiguous(), True),
+    for case, ids, with_slopes in (
+        ("causal", None, False),
+        ("segments", segments.contiguous(), False),
+        ("ALiBi", None, True),
+        ("ALiBi and segments", segments.contiguous(), True),
     ):
-        yield name, [random(batch, heads, length, dim) for _ in range(3)], attention(ids, with_slopes)
+        qkv = [random(batch, heads, length, dim) for _ in range(3)]
+        yield "attention", case, qkv, attention(ids, with_slopes)
     hidden = heads * dim
     norm = [random(batch, length, hidden), random(hidden)]
-    yield "rms_norm", norm, lambda ops, x, weight: ops.rms_norm(x, weight, 1e-6)
+    yield "rms_norm", "", norm, lambda ops, x, weight: ops.rms_norm(x, weight, 1e-6)
     yield (
         "swiglu",
+        "",
         [random(batch, length, inner) for _ in range(2)],
         lambda ops, gate, up: ops.swiglu(gate, up),
     )
@@ -104,6 +138,7 @@ def _cases(
     cos, sin = (function(torch.cat((angles, angles), -1)) for function in (torch.cos, torch.sin))
     yield (
         "rotary",
+        "",
         [random(batch, heads, length, dim)],
         lambda ops, x: ops.rotary(x, cos.to(x.device), sin.to(x.device)),
     )
@@ -111,6 +146,7 @@ def _cases(
 
 def _compare(
     name: str,
+    case: str,
     ops: Ops,
     device: torch.device,
     dtype: torch.dtype,
@@ -122,12 +158,14 @@ def _compare(
     expected = _run(eager.OPS, call, [tensor.float() for tensor in rounded])
     try:
         found = _run(ops, call, [tensor.to(device) for tensor in rounded])
+    except torch.OutOfMemoryError:
+        raise  # no fault of the operation's
     except Exception as error:  # whatever a device raises is what a person has to see
-        return Comparison(name, dtype, nan, nan, allowed, f"{type(error).__name__}: {error}")
+        return Comparison(name, case, dtype, nan, nan, allowed, f"{type(error).__name__}: {error}")
     if len(found) != len(expected):
-        return Comparison(name, dtype, nan, nan, allowed, "an input has no gradient")
+        return Comparison(name, case, dtype, nan, nan, allowed, "an input has no gradient")
     errors = [_error(mine, twin) for mine, twin in zip(found, expected, strict=True)]
-    return Comparison(name, dtype, errors[0], max(errors[1:]), allowed, "")
+    return Comparison(name, case, dtype, errors[0], max(errors[1:]), allowed, "")
 
 
 def _run(ops: Ops, call: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:

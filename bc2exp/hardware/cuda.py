@@ -127,6 +127,7 @@ class CudaBackend:
     name = "cuda"
     packages: tuple[str, ...] = ()
     collectives = "nccl"
+    pins_memory = True
     # No fused answer of torch's own for the other two: they stay as their twins.
     ops: Ops = replace(eager.OPS, attention=attention, rms_norm=rms_norm)
 
@@ -166,6 +167,18 @@ class CudaBackend:
     def total_memory_bytes(self) -> int | None:
         """Memory of the rank's GPU."""
         return torch.cuda.mem_get_info()[1]
+
+    def free_memory_bytes(self) -> int | None:
+        """What is left of it."""
+        return torch.cuda.mem_get_info()[0]
+
+    def device_name(self) -> str:
+        """The card."""
+        return torch.cuda.get_device_name()
+
+    def runtime(self) -> dict[str, str]:
+        """The CUDA that torch was built with."""
+        return {"CUDA": torch.version.cuda or "missing"}
 
     def count(self) -> int | None:
         """GPUs that this process may use."""

@@ -64,7 +64,26 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (wide * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-OPS = Ops(attention=attention, rms_norm=rms_norm, swiglu=swiglu, rotary=rotary)
+def exponentials(products: Tensor, scale: Tensor, shift: Tensor | None, wide: Tensor | None = None) -> Tensor:
+    """See `base.Exponentials`. `wide` is fp32 of the shape of products, to work in; by default it is made."""
+    if products.dtype == torch.float32:
+        wide = products
+    elif wide is None:
+        wide = products.float()
+    else:
+        # A copy and arithmetic in fp32: arithmetic across types is much slower than both.
+        wide.copy_(products)
+    wide.mul_(scale)
+    if shift is not None:
+        wide.sub_(shift[:, None])
+    sums = wide.exp_().sum(dim=1)
+    wide.mul_(scale)
+    if wide is not products:
+        products.copy_(wide)
+    return sums
+
+
+OPS = Ops(attention=attention, rms_norm=rms_norm, swiglu=swiglu, rotary=rotary, exponentials=exponentials)
 
 
 def with_twins(ops: Ops, names: Collection[str]) -> Ops:

@@ -6,14 +6,14 @@ Where an operator does not serve for a shape, or the configuration switches it o
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bc2exp.config.errors import UserError
-from bc2exp.hardware import eager
-from bc2exp.hardware.base import Ops
+from bc2exp.hardware import eager, rehearsal
 from bc2exp.hardware.determinism import be_deterministic
 from bc2exp.hardware.npu_environment import problems
 from bc2exp.hardware.probe import count_devices
@@ -88,7 +88,8 @@ class NpuBackend:
     name = "npu"
     packages: tuple[str, ...] = ("torch_npu",)
     collectives = "hccl"
-    ops = Ops(attention=attention, rms_norm=rms_norm, swiglu=swiglu, rotary=rotary)
+    pins_memory = True
+    ops = replace(eager.OPS, attention=attention, rms_norm=rms_norm, swiglu=swiglu, rotary=rotary)
 
     def device(self, local_rank: int) -> torch.device:
         """An NPU a rank, in the order of ASCEND_RT_VISIBLE_DEVICES."""
@@ -131,9 +132,32 @@ class NpuBackend:
         """Memory of the rank's NPU."""
         return int(torch_npu.npu.mem_get_info()[1])
 
+    def free_memory_bytes(self) -> int | None:
+        """What is left of it."""
+        return int(torch_npu.npu.mem_get_info()[0])
+
+    def device_name(self) -> str:
+        """The chip, such as Ascend910B3; in a rehearsal it says so."""
+        return str(torch_npu.npu.get_device_name())
+
+    def runtime(self) -> dict[str, str]:
+        """CANN and the driver, as far as torch_npu can read their versions; a rehearsal has neither."""
+        if rehearsal.is_active():
+            return {"CANN": "played by the rehearsal"}
+        found = {"CANN": _version("CANN"), "driver": _version("DRIVER")}
+        return {name: version or "of unknown version" for name, version in found.items()}
+
     def count(self) -> int | None:
         """NPUs that the driver shows."""
         return count_devices(self.name)
+
+
+def _version(module: str) -> str:
+    """Of a part of the installation of CANN; empty where it is not told."""
+    try:
+        return str(torch_npu.npu.utils.get_cann_version(module))
+    except (AttributeError, RuntimeError):  # older ones do not tell all of them
+        return ""
 
 
 BACKEND = NpuBackend()

@@ -6,12 +6,13 @@ not there. These keep for backward what fused operators keep, and make what they
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bc2exp.hardware.base import Ops
+from bc2exp.hardware import eager
 
 STATISTICS = 16
 """fp32 numbers a query row and head that fused attention keeps: maximum and sum, each eight times over, as
@@ -89,4 +90,4 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-OPS = Ops(attention=_attention, rms_norm=_rms_norm, swiglu=_swiglu, rotary=_rotary)
+OPS = replace(eager.OPS, attention=_attention, rms_norm=_rms_norm, swiglu=_swiglu, rotary=_rotary)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from bc2exp.hardware import npu_environment
+from bc2exp.hardware.rehearsal import DEFAULTS, ENVIRONMENT
 
 
 def _count_cpu() -> int | None:
@@ -82,13 +83,49 @@ def _wanted(backend: str, num_ranks: int, interface: str | None, deterministic: 
         # Without a workspace of its own for each stream cuBLAS sums in any order.
         return {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"} if deterministic else {}
     # OpenMP's idle threads spin by default: with several processes on few cores they keep the busy ones out.
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GLIBC_TUNABLES": _KEEP_MEMORY}
     if num_ranks > 1:
         environment["OMP_NUM_THREADS"] = "1"
     if interface is not None:
         # Left alone, gloo takes the address that the host's own name has, often the loopback's.
         environment["GLOO_SOCKET_IFNAME"] = interface
     return environment
+
+
+_KEEP_MEMORY = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.trim_threshold={2**32}",
+        f"glibc.malloc.mmap_threshold={2**26}",
+    )
+)
+"""glibc gives freed tensors back to the system at once, and takes them anew page by page, zeroed: a third of
+a training step on a virtual machine. So it keeps what is freed, and takes large pages. Others ignore this."""
+
+_OF_DEVICES = {
+    "cpu": ("OMP_", "GLOO_", "MKL_", "KMP_", "GLIBC_", "MALLOC_"),
+    "cuda": ("CUDA_", "NCCL_", "TORCH_NCCL_", "CUBLAS_", "PYTORCH_"),
+    "npu": (
+        *("ASCEND_", "HCCL_", "LCCL_", "TORCH_HCCL_", "P2P_HCCL_", "TORCH_NPU_", "PYTORCH_"),
+        *("TASK_QUEUE_", "CPU_AFFINITY_", "INF_NAN_", "MULTI_STREAM_"),
+    ),
+}
+"""How names of variables begin that change what a backend does."""
+
+
+def recorded_environment(
+    backend: str,
+    num_ranks: int,
+    *,
+    deterministic: bool = False,
+    rehearsal: bool = False,
+    environment: Mapping[str, str] = os.environ,
+) -> dict[str, str]:
+    """Variables that hold in a rank and change what its device does: those set for it, the person's own."""
+    wanted = rank_environment(backend, num_ranks, deterministic=deterministic, environment=environment)
+    own = {name: text for name, text in environment.items() if name.startswith(_OF_DEVICES[backend])}
+    played: tuple[Mapping[str, str], Mapping[str, str]] = (DEFAULTS, ENVIRONMENT) if rehearsal else ({}, {})
+    return dict(sorted({**played[0], **wanted, **own, **played[1]}.items()))
 
 
 def environment_problems(

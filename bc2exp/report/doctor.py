@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from bc2exp.storage import atomic
-from bc2exp.tracking import journal
+from bc2exp.hardware.rehearsal import LABEL
+from bc2exp.report.reading import summarize_file
 
 
 def summarize_doctor(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Write `summary.json` of the checks in `run_folder`; returns them. OSError where there are none."""
-    folder = Path(run_folder)
-    report: dict[str, Any] = json.loads((folder / "doctor.json").read_text("utf-8"))
-    outcome = journal.outcome(folder / "metrics.jsonl")
-    ended = {"outcome": outcome["event"] if outcome else None, "reason": (outcome or {}).get("reason")}
-    atomic.write_json(folder / "summary.json", {**ended, "doctor": report})
-    return report
+    return summarize_file(Path(run_folder), "doctor.json", "doctor", "rehearsal")
 
 
 def table(report: dict[str, Any]) -> Table:
@@ -35,12 +29,17 @@ def table(report: dict[str, Any]) -> Table:
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """What to do about each failure, and the sum."""
+    """The sum, and what to do about each failure; those with one remedy are named together."""
     failed = [check for check in report["checks"] if not check["passed"]]
     number = len(report["checks"])
+    label = [f"this was a {LABEL}"] if report["rehearsal"] else []
     if not failed:
-        return [f"healthy: {number} checks passed"]
+        return [f"healthy: {number} check{'s' * (number > 1)} passed", *label]
+    fixes: dict[str, list[str]] = {}
+    for check in failed:
+        fixes.setdefault(check["fix"], []).append(check["name"])
     return [
         f"NOT healthy: {len(failed)} of {number} checks failed",
-        *(f"fix {check['name']}: {check['fix']}" for check in failed),
+        *(f"fix {'; '.join(names)}: {fix}" for fix, names in fixes.items()),
+        *label,
     ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,17 +38,38 @@ _LISTED = 3
 _WITHOUT_PLAN = "a smaller task.micro_batch, parallelism.recompute=full or more devices would take less"
 
 
-def telling_what_fits(task: Task) -> Task:
-    """`task`, whose out-of-memory errors become a TrainingError that says what would fit."""
+Describe = Callable[[Config, Path, World, BaseException], str]
+"""Configuration, run folder, ranks, a device's error -> the sentence for a person."""
+
+
+def telling(task: Task, sentence: Describe) -> Task:
+    """`task`, whose out-of-memory errors become a TrainingError with this sentence."""
 
     @wraps(task)
     def told(config: Config, folder: Path, world: World, journal: Journal | NullJournal) -> str:
         try:
             return task(config, folder, world, journal)
         except torch.OutOfMemoryError as error:
-            raise TrainingError(describe(config, folder, world, error)) from error
+            raise TrainingError(sentence(config, folder, world, error)) from error
 
     return told
+
+
+def telling_what_fits(task: Task) -> Task:
+    """A training whose out-of-memory errors say what would fit."""
+    return telling(task, describe)
+
+
+def telling_what_takes_less(task: Task) -> Task:
+    """A task that trains nothing, whose out-of-memory errors say what would take less."""
+    return telling(task, _describe_answering)
+
+
+def _describe_answering(config: Config, folder: Path, world: World, error: BaseException) -> str:
+    return (
+        f"rank {world.rank} is out of memory ({str(error).splitlines()[0]}); a smaller task.batch, "
+        "or a model shared by more devices (parallelism=tp), would take less"
+    )
 
 
 def describe(config: Config, folder: Path, world: World, error: BaseException) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from bc2exp.hardware import eager, get_backend
 from bc2exp.hardware.base import Ops
-from bc2exp.hardware.checkup import Comparison, Shapes, compare
+from bc2exp.hardware.checkup import Comparison, Shapes, compare, compare_adamw
 
 CPU = torch.device("cpu")
 SHAPES = Shapes(batch=2, length=48, num_heads=3, head_dim=16, inner=40)
@@ -19,7 +19,10 @@ SLOPES = torch.tensor([0.5, 0.25, 0.125])
 
 
 def checked(ops: Ops) -> dict[str, Comparison]:
-    return {f"{found.name}/{found.dtype}": found for found in compare(ops, CPU, SHAPES, SLOPES, seed=1)}
+    return {
+        f"{', '.join(filter(None, (found.name, found.case)))}/{found.dtype}": found
+        for found in compare(ops, CPU, SHAPES, SLOPES, seed=1)
+    }
 
 
 def test_the_host_passes() -> None:
@@ -77,3 +80,35 @@ def test_a_wrong_operation_is_named(wrong: dict[str, Callable[..., Any]], named:
     assert all(name.startswith(kind) for name in failed)
     if wrong == {"rms_norm": refusing}:
         assert found["rms_norm/torch.float32"].problem == "RuntimeError: no kernel for this\nand a trace"
+
+
+def test_the_fused_optimizer_passes_and_a_wrong_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compare_adamw(CPU, 1000, seed=1, fused=True)
+    assert found.passed
+    assert (found.name, found.dtype) == ("adamw", torch.float32)
+    right = torch.optim.AdamW.step
+
+    def without_decay(self: torch.optim.AdamW) -> Any:
+        for group in self.param_groups:
+            group["weight_decay"] = 0.0 if group["fused"] else group["weight_decay"]
+        return right(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", without_decay)
+    found = compare_adamw(CPU, 1000, seed=1, fused=True)
+    assert not found.passed
+    assert found.forward > 100 * found.allowed > found.backward
+    assert compare_adamw(CPU, 1000, seed=1, fused=False).passed
+
+
+def test_an_optimizer_without_a_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.optim.AdamW.step
+
+    def refusing_step(self: torch.optim.AdamW) -> Any:
+        if self.defaults["fused"]:
+            raise NotImplementedError("no kernel for this")
+        return right(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", refusing_step)
+    found = compare_adamw(CPU, 10, seed=1, fused=True)
+    assert not found.passed
+    assert found.problem == "NotImplementedError: no kernel for this"

@@ -72,6 +72,23 @@ def test_the_last_queries_against_cached_keys_equal_those_rows_of_the_whole(alib
         torch.testing.assert_close(last, whole[:, :, -num_queries:], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 3, 7])
+def test_exponentials_by_rows_equal_those_of_all_at_once(monkeypatch, dtype, shifted, rows):
+    monkeypatch.setattr(cpu, "EXPONENTIALS_BYTES", 4 * 50 * 3)  # three rows at a time
+    torch.manual_seed(0)
+    products, scale = 5 * torch.randn(rows, 50).to(dtype), torch.rand(50)
+    shift = torch.randn(rows) if shifted else None
+    wide = torch.exp(products.double() * scale - (0 if shift is None else shift[:, None]))
+    for exponentials in (OPS.exponentials, eager.exponentials):
+        found = products.clone()
+        sums = exponentials(found, scale, shift)
+        assert sums.dtype == torch.float32
+        torch.testing.assert_close(sums, wide.sum(dim=1).float())
+        torch.testing.assert_close(found, (wide * scale).to(dtype))
+
+
 def test_no_bias_is_ever_as_large_as_all_scores():
     largest = 0
     q = torch.empty(1, 6, 2048, 8)

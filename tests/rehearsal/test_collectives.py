@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def shared_memory() -> set[str]:
-    return {entry.name for entry in Path("/dev/shm").iterdir()}
+    return {entry.name for entry in Path("/dev/shm").iterdir() if not entry.is_dir()}
 
 
 def free_port() -> int:

@@ -19,6 +19,7 @@ import torch_npu
 from torch.nn import functional as F
 
 from bc2exp.hardware import rehearsal
+from bc2exp.hardware.phase import EVALUATE, TRAIN, phase
 from bc2exp.hardware.rehearsal import census
 
 ROOT = Path(__file__).parents[2]
@@ -136,14 +137,17 @@ def test_what_torch_npu_would_run_on_the_cpu_is_counted_or_refused(monkeypatch):
 
 def test_fused_operators_are_counted_with_types_and_shapes_backward_passes_too():
     census.operators.clear()
+    census.phases.clear()
     x = torch.randn(3, 8, device="npu", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(8, device="npu", requires_grad=True)
-    for _ in range(2):
-        torch_npu.npu_rms_norm(x, weight, 1e-6)[0].sum().backward()
+    for name in (TRAIN, EVALUATE):
+        with phase(name):
+            torch_npu.npu_rms_norm(x, weight, 1e-6)[0].sum().backward()
     torch.optim.AdamW([weight], fused=True).step()
     counted = rehearsal.snapshot()["operators"]
     assert counted["npu::npu_rms_norm"] == {
         "calls": 2,
+        "phases": {EVALUATE: 1, TRAIN: 1},
         "tensors": [{"calls": 2, "arguments": ["bfloat16[3, 8]", "float32[8]"]}],
     }
     assert counted["npu::npu_rms_norm_backward"]["calls"] == 2

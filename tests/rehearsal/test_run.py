@@ -63,8 +63,40 @@ def eight(tmp_path_factory):
     made.close()
 
 
-def calls(counted: dict, name: str) -> int:
-    return counted["operators"][name]["calls"]
+def calls(counted: dict, name: str, phase: str = "train") -> int:
+    found = counted["operators"][name]
+    assert sum(found["phases"].values()) == found["calls"]
+    return found["phases"].get(phase, 0)
+
+
+def assert_counts(counted: dict, *, layers: int, micro_batches: int, steps: int, times_forward: int) -> None:
+    """The fused operators of a training in fp32 on one data rank, of which full recomputation repeats the
+    layers' forward pass. The optimizer has two groups of weights: one with decay and one without."""
+    passes = micro_batches * steps
+    assert calls(counted, "npu::npu_fusion_attention") == layers * passes * times_forward
+    assert calls(counted, "npu::npu_fusion_attention_grad") == layers * passes
+    assert calls(counted, "npu::npu_swiglu") == layers * passes * times_forward
+    assert calls(counted, "npu::npu_swiglu_backward") == layers * passes
+    assert calls(counted, "npu::npu_rms_norm") == (2 * layers * times_forward + 1) * passes
+    assert calls(counted, "npu::npu_rms_norm_backward") == (2 * layers + 1) * passes
+    # queries and keys, and backward turns both back by the same operator
+    assert calls(counted, "npu::npu_rotary_mul") == layers * passes * 2 * (times_forward + 1)
+    assert calls(counted, "aten::_fused_adamw_") == 2 * steps
+    assert counted["cpu_fallbacks"] == {}
+    assert counted["refused_operators"] == []
+
+
+def test_recomputation_repeats_the_forward_pass_and_nothing_else(launch):
+    launch.run("hardware=1npu", *REHEARSED, *training(), "parallelism.recompute=full")
+    counted = json.loads((launch.only_run() / "rehearsal.json").read_text())
+    assert_counts(counted, layers=2, micro_batches=2, steps=STEPS, times_forward=2)
+
+
+def test_an_operator_that_is_switched_off_is_not_called(launch):
+    off = [f"hardware.fused_{name}=false" for name in ("attention", "rms_norm", "swiglu", "rotary")]
+    launch.run("hardware=1npu", *REHEARSED, *training(1), *off)
+    counted = json.loads((launch.only_run() / "rehearsal.json").read_text())
+    assert [name for name in counted["operators"] if name.startswith("npu::")] == []
 
 
 def test_losses_are_those_of_the_cpu(eight, launch):
@@ -106,15 +138,11 @@ def test_the_count_is_that_of_the_layers_and_steps(eight):
     assert counted["refused_operators"] == []
     assert counted["ranks_without_a_count"] == []
     assert counted["ranks_that_differ"] == {}
-    layers, passes = 2, 2 * STEPS
-    # Backward passes are those of the training alone; forward ones are the evaluation's, too.
-    assert calls(counted, "npu::npu_fusion_attention_grad") == layers * passes
-    assert calls(counted, "npu::npu_swiglu_backward") == layers * passes
-    assert calls(counted, "npu::npu_rms_norm_backward") == (2 * layers + 1) * passes
-    forward = calls(counted, "npu::npu_fusion_attention")
-    assert calls(counted, "npu::npu_swiglu") == forward
-    assert calls(counted, "npu::npu_rms_norm") * layers == forward * (2 * layers + 1)
-    assert calls(counted, "aten::_fused_adamw_") % STEPS == 0
+    assert_counts(counted, layers=2, micro_batches=2, steps=STEPS, times_forward=1)
+    evaluated = calls(counted, "npu::npu_fusion_attention", "evaluate")
+    assert evaluated > 0
+    assert calls(counted, "npu::npu_fusion_attention_grad", "evaluate") == 0
+    assert calls(counted, "npu::npu_rms_norm", "evaluate") * 2 == evaluated * 5
     sizes = counted["collectives"]["all_reduce"]["tensors"]
     assert {each["ranks"] for each in sizes} == {8}
     assert all(bytes > 0 for bytes in counted["peak_memory_bytes"])
@@ -141,8 +169,13 @@ def test_too_little_memory_is_a_real_error(launch):
     assert "out of memory" in command.err.lower()
 
 
+def shared_memory() -> set[str]:
+    """The shared memory that has a name; folders are of other programs, such as servers of MLflow."""
+    return {entry.name for entry in Path("/dev/shm").iterdir() if not entry.is_dir()}
+
+
 def test_a_killed_rank_ends_the_others_and_leaves_nothing(launch):
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     code = in_a_step("import time; time.sleep(1)")
     words = ("hardware=8npu", "hardware.num_devices=2", "parallelism=tp", *REHEARSED, *training(100))
     command = launch.start(*words, inject=code)
@@ -157,6 +190,6 @@ def test_a_killed_rank_ends_the_others_and_leaves_nothing(launch):
     assert command.wait() == 1
     command.nothing_left()
     assert time.monotonic() - began < 30
-    assert set(os.listdir("/dev/shm")) <= before
+    assert shared_memory() <= before
     counted = json.loads(Path(launch.only_run() / "rehearsal.json").read_text())
     assert 1 in counted["ranks_without_a_count"]

@@ -24,6 +24,8 @@ from typing import Any
 from bc2exp.hardware.rehearsal.record import LABEL, clear, merge, write_rank
 
 __all__ = [
+    "DEFAULTS",
+    "ENVIRONMENT",
     "LABEL",
     "MEMORY_GIB",
     "activate",
@@ -37,6 +39,20 @@ __all__ = [
 
 MEMORY_GIB = 64
 """Memory of a device whose hardware file names none."""
+
+ENVIRONMENT = {
+    # With a task queue torch_npu launches from a second thread, which host kernels would race with.
+    "TASK_QUEUE_ENABLE": "0",
+    # torch would load torch_npu in the midst of its own import, before there are host kernels.
+    "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+}
+"""What holds in a rehearsal, whatever is set."""
+DEFAULTS = {
+    # The kernels are CPU kernels of processes that share few cores: one thread each, idle ones do not spin.
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+"""What holds where nothing else is set."""
 
 _libraries: list[ctypes.CDLL] = []
 _installed = False
@@ -75,13 +91,7 @@ def _preload(num_devices: int, memory_bytes: int) -> None:
     paths = libraries()
     os.environ["BC2EXP_REHEARSAL_DEVICES"] = str(num_devices)
     os.environ["BC2EXP_REHEARSAL_BYTES"] = str(memory_bytes)
-    # With a task queue torch_npu launches from a second thread, which host kernels would race with.
-    os.environ["TASK_QUEUE_ENABLE"] = "0"
-    # The kernels are CPU kernels of processes that share few cores: one thread each, idle ones do not spin.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # torch would load torch_npu in the midst of its own import, before there are host kernels.
-    os.environ["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
+    os.environ.update({**DEFAULTS, **os.environ, **ENVIRONMENT})
     _libraries.extend(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in paths)
 
 

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 import torch_npu
 
+from bc2exp.hardware.phase import current
+
 host_kernels: collections.Counter[str] = collections.Counter()
 """Calls of ATen operators, by name."""
 operators: dict[str, collections.Counter[tuple[str, ...]]] = collections.defaultdict(collections.Counter)
 """Calls of fused operators, by name, then by type and shape of their tensors."""
+phases: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+"""The same calls, by name, then by what the rank was at."""
 refused: collections.Counter[tuple[str, str]] = collections.Counter()
 """Refused calls, by operator and reason."""
 fallbacks: collections.Counter[str] = collections.Counter()
@@ -60,6 +64,7 @@ def count_operator(name: str, values: Iterable[Any]) -> None:
     """Count one call of a fused operator on arguments of which the tensors, and lists of them, matter."""
     shown = tuple(text for text in map(_shown, values) if text)
     operators[name][shown] += 1
+    phases[name][current()] += 1
 
 
 def _shown(value: Any) -> str:
@@ -81,6 +86,7 @@ def snapshot(library: ctypes.CDLL) -> dict[str, Any]:
         "operators": {
             name: {
                 "calls": sum(found.values()),
+                "phases": dict(sorted(phases[name].items())),
                 "tensors": [{"calls": calls, "arguments": list(shown)} for shown, calls in found.items()],
             }
             for name, found in sorted(operators.items())
