@@ -9,10 +9,9 @@ from __future__ import annotations
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from bc2exp.config.errors import UserError
@@ -22,23 +21,25 @@ from bc2exp.config.nodes import find_nodes
 from bc2exp.config.overrides import parse_word, quote
 from bc2exp.config.preflight import Preflight, preflight, prepare_search_path
 from bc2exp.config.register import register
-from bc2exp.config.roots import data_root
+from bc2exp.config.secrets import hiding, withdraw_from
+from bc2exp.launch.compare import read_comparison, record_comparison
+from bc2exp.launch.conversation import Conversation, converse
 from bc2exp.launch.folder import RunFolder, claim, named_folder
 from bc2exp.launch.join import join_run
 from bc2exp.launch.machine import is_rehearsal, require
-from bc2exp.launch.run import DONE, WRONG, run_on_ranks, sync_runs
-
-PARENT_TASKS = ("sync",)
-"""Tasks that need no ranks."""
+from bc2exp.launch.run import DONE, FAILED, WRONG, run_on_ranks, sync_runs
+from bc2exp.launch.sweep_door import PARENT_TASKS, enter_hydra, resume_sweep, start_sweep
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    sys.stdout, sys.stderr = hiding(sys.stdout), hiding(sys.stderr)
     sys.exit(command(sys.argv[1:]))
 
 
 def command(arguments: list[str]) -> int:
     """Check a command line, then hand it to Hydra; returns the exit code."""
+    arguments = withdraw_from(arguments)
     options, flags = read_flags(arguments)
     launch_folder = Path.cwd()
     register()
@@ -63,63 +64,85 @@ def command(arguments: list[str]) -> int:
 
 
 def start(launch_folder: Path, checked: Preflight, words: list[str], *, sweep: bool) -> int:
-    """Claim the folder of a single run, and let Hydra run the job or the jobs."""
-    chosen = any(parse_word(word).key in ("hydra.run.dir", "hydra.sweep.dir") for word in checked.overrides)
+    """Claim the folder of a single run and let Hydra run it; or begin a sweep, or go on with one."""
+    chosen = any(parse_word(word).key == "hydra.run.dir" for word in checked.overrides)
     plain = finalize(checked.jobs[0], launch_folder)
+    if plain["sweep"]["resume"] is not None:
+        return resume_sweep(launch_folder, checked, plain)
+    if not sweep and plain["sweep"]["sbatch"]:
+        raise UserError("sweep.sbatch=true: writes down the jobs of a sweep; it needs -m")
+    if sweep:
+        return start_sweep(launch_folder, checked, words)
     nodes = find_nodes(plain)
-    if sweep or plain["task"]["name"] in PARENT_TASKS or nodes.rank > 0:
+    if plain["task"]["name"] == "compare":
+        # read before Hydra, which would make the chosen folder
+        return Door(launch_folder, None, comparison=read_comparison(plain, launch_folder)).enter(words)
+    if plain["task"]["name"] in PARENT_TASKS or nodes.rank > 0:
         return Door(launch_folder, None).enter(words)
     require(plain, nodes)  # before Hydra, which would make the chosen folder
+    conversation = converse(plain, nodes)
     if chosen:
-        return Door(launch_folder, None).enter(words)
+        return Door(launch_folder, None, conversation).enter(words)
     folder = claim(plain, launch_folder, None, datetime.now())
-    return Door(launch_folder, folder).enter([*words, f"hydra.run.dir={quote(str(folder.path))}"])
+    return Door(launch_folder, folder, conversation).enter(
+        [*words, f"hydra.run.dir={quote(str(folder.path))}"]
+    )
 
 
 class Door:
-    """Hydra's entry with our jobs behind it; remembers the worst exit code, as a job must not raise:
-    that would end a sweep."""
+    """Hydra's entry with our job behind it."""
 
-    def __init__(self, launch_folder: Path, claimed: RunFolder | None) -> None:
+    def __init__(
+        self,
+        launch_folder: Path,
+        claimed: RunFolder | None,
+        conversation: Conversation | None = None,
+        comparison: dict[str, Any] | None = None,
+    ) -> None:
         self._launch_folder = launch_folder
         self._claimed = claimed
-        self._worst = DONE
+        self._conversation = conversation
+        self._comparison = comparison
+        self._code = DONE
 
     def enter(self, words: list[str]) -> int:
         """Run Hydra on a command line; returns the exit code."""
-        sys.argv = [sys.argv[0], *words]
-        decorate = hydra.main(version_base="1.3", config_path=str(data_root() / "conf"), config_name="config")
-        decorate(self._job)()
-        return self._worst
+        enter_hydra(words, self._job)
+        return self._code
 
     def _job(self, config: DictConfig) -> None:
         try:
-            code = self._run(config)
-        except UserError as error:
+            self._code = self._run(config)
+        except UserError as error:  # through Hydra it would be a traceback
             print(f"bc2exp: {error}", file=sys.stderr)
-            code = WRONG
-        self._worst = max(self._worst, code)
+            self._code = WRONG
 
     def _run(self, config: DictConfig) -> int:
         plain = finalize(config, self._launch_folder)
-        if plain["task"]["name"] in PARENT_TASKS:
+        if plain["task"]["name"] == "sync":
             return sync_runs(plain, self._launch_folder)
         context, nodes = HydraConfig.get(), find_nodes(plain)
         chosen = Path(context.runtime.output_dir)
+        overrides = list(context.overrides.task)
+        if plain["task"]["name"] == "compare":
+            report = self._comparison or read_comparison(plain, self._launch_folder)
+            # the launch folder is what conf/config.yaml names
+            place = None if chosen == self._launch_folder else chosen
+            passed = record_comparison(report, plain, self._launch_folder, place, overrides, {})
+            return DONE if passed else FAILED
         if nodes.rank > 0:
             return join_run(named_folder(plain, chosen), plain, nodes, self._launch_folder)
-        folder = self._claimed
-        if folder is None:
+        folder, conversation = self._claimed, self._conversation
+        if conversation is None:
             require(plain, nodes)
+            conversation = converse(plain, nodes)
+        if folder is None:
             folder = claim(plain, self._launch_folder, chosen, datetime.now())
-        overrides = list(context.overrides.task)
-        tags = {"bc2exp.sweep": context.sweep.dir} if context.mode is RunMode.MULTIRUN else {}
-        if nodes.count > 1:
-            tags["bc2exp.nnodes"] = str(nodes.count)
+        tags = {"bc2exp.nnodes": str(nodes.count)} if nodes.count > 1 else {}
         if is_rehearsal(plain):
             tags["bc2exp.rehearsal"] = "true"
         with folder.lock:
-            return run_on_ranks(folder, plain, overrides, self._launch_folder, tags)
+            return run_on_ranks(folder, plain, overrides, self._launch_folder, tags, conversation)
 
 
 def complain(problems: list[str]) -> int:

@@ -15,9 +15,13 @@ import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from bc2exp.config.errors import UserError
-from bc2exp.hardware import rehearsal
+from bc2exp.config.secrets import hide
+from bc2exp.hardware import phase, rehearsal
+from bc2exp.tracking.pulse import Pulse
+from bc2exp.tracking.signals import answer_with_stacks, heed_torchrun_only
 from bc2exp.train import TrainingError
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -27,8 +31,13 @@ def main() -> None:
     """Do this rank's part of the run in the folder named on the command line."""
     folder = Path(sys.argv[1])
     rank = int(os.environ.get("RANK", "0"))
+    heed_torchrun_only()
     die_with_parent()
     redirect_output(folder / "logs" / f"rank-{rank}.log")
+    answer_with_stacks()
+    pulse = Pulse(0, rank, mark)
+    pulse.begin()
+    phase.tell(pulse.say)
     code = 1
     try:
         run_rank(folder, rank)
@@ -40,6 +49,7 @@ def main() -> None:
             rehearsal.leave_count(folder, rank)
         sys.stdout.flush()
         sys.stderr.flush()
+        pulse.end()
         os._exit(code)  # threads of a broken collective must not keep a failed rank alive
 
 
@@ -74,16 +84,25 @@ def run_rank(folder: Path, rank: int) -> None:
     world.backend.setup(world.local_rank, world.local_size, deterministic=deterministic)
     if config.task.on_devices:
         world.join()
-    outcome = get_task(config.task.name)(config, folder, world, journal)
+    with phase.phase(f"task={config.task.name}"):
+        outcome = get_task(config.task.name)(config, folder, world, journal)
     world.leave()
     journal.event(outcome)
+
+
+def mark() -> dict[str, Any]:
+    """What this rank says of itself with every sign of life: phase, step, exchanges begun."""
+    name, step = phase.mark()
+    # torch is imported while the first signs are given
+    exchanges_begun = getattr(sys.modules.get("bc2exp.parallel.world"), "exchanges_begun", dict)
+    return {"phase": name, "step": step, "exchanges": exchanges_begun()}
 
 
 def die_with_parent() -> None:
     """End this process when the parent of the run ends, however it ends.
 
     torchrun puts ranks into sessions of their own, so no signal to a group reaches them. The standard input
-    is a pipe that only the parent writes to and never does: its end is the parent's end. Where the kernel
+    comes from the parent alone, which says nothing through it: its end is the parent's end. Where the kernel
     can also send a signal at the death of the process above, it is asked to.
     """
     if sys.platform == "linux":
@@ -93,8 +112,9 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
     def wait_for_end() -> None:
-        while os.read(0, 4096):
-            pass
+        with suppress(ConnectionError):  # where the parent died before it had heard all
+            while os.read(0, 4096):
+                pass
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=wait_for_end, daemon=True).start()
@@ -134,7 +154,7 @@ def describe(error: BaseException) -> tuple[str, str]:
     full = isinstance(error, OSError) and error.errno in _DISK_FULL
     if full or os.strerror(errno.ENOSPC) in str(error):
         return "disk", str(error)
-    return "crash", "".join(traceback.format_exception(error))
+    return "crash", hide("".join(traceback.format_exception(error)))
 
 
 if __name__ == "__main__":

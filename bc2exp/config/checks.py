@@ -14,15 +14,33 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bc2exp.config.compare import sides_of
+from bc2exp.config.convert import conversion
 from bc2exp.config.errors import UserError
+from bc2exp.config.evaluate import evaluation_problems
 from bc2exp.config.fields import field_of, refusal
+from bc2exp.config.finetune import best_of_several
+from bc2exp.config.generate import generation_problems
 from bc2exp.config.hardware import rehearsal_of
 from bc2exp.config.layouts import layout
+from bc2exp.config.load import flat
 from bc2exp.config.nodes import nodes_add_up
 from bc2exp.config.register import TASKS
 from bc2exp.config.root import GROUPS
 from bc2exp.config.roots import absolute, nearest
+from bc2exp.config.secrets import ADDRESS, bare, secret_in
+from bc2exp.config.supervised import questions_and_answers
+from bc2exp.config.sweep import sweep_to_resume
+from bc2exp.config.task import TaskConfig
 from bc2exp.config.text_files import find_store, find_text_files, needs_column
+from bc2exp.config.weight_files import (
+    MEGATRON,
+    read_config,
+    shape_differences,
+    shape_of,
+    tensor_files,
+    weight_kind,
+)
 
 TRACKER_SCHEMES = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "mssql", "databricks")
 
@@ -41,16 +59,30 @@ def check(config: DictConfig, folder: Path) -> list[str]:
     for relation in (
         model_shape,
         steps_and_schedule,
+        best_of_several,
         layout,
         peak,
         rehearsal_of,
         data_files,
         model_files,
+        sides_of,
+        generation_problems,
+        evaluation_problems,
+        conversion,
         nodes_add_up,
         tracker,
+        no_secrets,
+        sweep_to_resume,
     ):
         problems += relation(plain, folder)
     return problems
+
+
+def layout_problems(config: DictConfig, folder: Path) -> list[str]:
+    """The sentences of `check` that are about the layout alone."""
+    values = OmegaConf.to_container(config, resolve=True, enum_to_str=True)
+    assert isinstance(values, dict)
+    return layout({str(key): value for key, value in values.items()}, folder)
 
 
 def missing_keys(config: DictConfig) -> Iterator[str]:
@@ -97,6 +129,15 @@ def names(config: DictConfig) -> Iterator[str]:
         name = config[group].name
         if not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
             yield f"{group}.name={name}: becomes part of a folder's name; letters, digits, and . _ + - only"
+
+
+def no_secrets(values: dict[str, Any], folder: Path) -> list[str]:
+    """What is configured is recorded, so no value may hold a secret; the tracker's address is made bare."""
+    return [
+        f"{key}: holds the value of ${name}, a secret, and the configuration is recorded; leave it out"
+        for key, value in flat(values).items()
+        if key != "tracking.uri" and isinstance(value, str) and (name := secret_in(value)) is not None
+    ]
 
 
 def model_shape(values: dict[str, Any], folder: Path) -> list[str]:
@@ -159,8 +200,14 @@ def peak(values: dict[str, Any], folder: Path) -> list[str]:
 
 def data_files(values: dict[str, Any], folder: Path) -> list[str]:
     """The data are named, are there, and are of a kind that can be read."""
-    dataset = values["dataset"]
-    path, problems = dataset["path"], []
+    dataset, task = values["dataset"], values["task"]["name"]
+    path = dataset["path"]
+    problems: list[str] = []
+    supervised = TASKS.get(task, TaskConfig).supervised
+    if supervised is None:
+        supervised = dataset["kind"] != "text"
+    if supervised:
+        problems += questions_and_answers(dataset, task)
     if len(dataset["split"]) != 3 or not dataset["split"][0]:
         problems.append(
             f"dataset.split={dataset['split']}: three numbers, training, evaluation, test, the first above 0"
@@ -182,7 +229,8 @@ def data_files(values: dict[str, Any], folder: Path) -> list[str]:
     try:
         file = str(absolute(path, folder))
         store = find_store(file, path)
-        table = None if store else needs_column(find_text_files(file, path))
+        files = () if store else find_text_files(file, path)
+        table = needs_column(files)
     except UserError as error:
         return [*problems, str(error)]
     if store and dataset["append_eos"]:
@@ -190,7 +238,15 @@ def data_files(values: dict[str, Any], folder: Path) -> list[str]:
             f"dataset.append_eos=True: dataset.path={path} is a token store, whose documents end as they "
             "were made; leave the key out"
         )
-    if table and dataset["column"] is None:
+    if supervised and store:
+        problems.append(f"dataset.path={path}: is a token store; task={task} reads text")
+    elif supervised and dataset["kind"] != "text":
+        problems += [
+            f"dataset.path={path}: {file} has no columns; .csv, .jsonl and .parquet have"
+            for file in files
+            if file.suffix.lower() == ".txt"
+        ][:1]
+    elif table and dataset["column"] is None:
         problems.append(
             f"dataset.column: no value; name the column or key of {table.name} that holds the text "
             "(dataset.column=text)"
@@ -214,22 +270,37 @@ def model_files(values: dict[str, Any], folder: Path) -> list[str]:
         weights = absolute(model["weights"], folder)
         if not os.path.isdir(weights):
             problems.append(f"model.weights={model['weights']}: no such folder{nearest(weights)}")
-        elif not any(weights.glob("*.safetensors")):
-            problems.append(
-                f"model.weights={model['weights']}: holds no .safetensors; pickled .bin files are not read, "
-                "convert them to safetensors first"
-            )
+        else:
+            problems += [
+                f"model.weights={model['weights']}: {text}" for text in refused_weights(weights, model)
+            ]
     return problems
+
+
+def refused_weights(weights: Path, model: dict[str, Any]) -> list[str]:
+    """Why a folder is not one of weights of the chosen model, as far as names and small files tell."""
+    try:
+        kind = weight_kind(weights)
+        if kind == MEGATRON:
+            return []
+        shape = shape_of(read_config(weights))
+        tensor_files(weights, kind)
+    except ValueError as error:
+        return [str(error)]
+    differing = shape_differences(shape, model)
+    if not differing:
+        return []
+    return [f"is not of model={model['name']}: {'; '.join(differing)}"]
 
 
 def tracker(values: dict[str, Any], folder: Path) -> list[str]:
     """The tracking address is of a kind that MLflow has."""
-    named, inherited = values["tracking"]["uri"], os.environ.get("MLFLOW_TRACKING_URI")
+    named, inherited = values["tracking"]["uri"], os.environ.get(ADDRESS)
     uri = named or inherited
     if uri is None or uri.startswith(TRACKER_SCHEMES) or not values["tracking"]["enabled"]:
         return []
-    key = "tracking.uri" if named else "MLFLOW_TRACKING_URI"
+    key = "tracking.uri" if named else ADDRESS
     return [
-        f"{key}={uri}: not an address MLflow keeps runs at; sqlite:///mlflow.db or http://host:5000, "
+        f"{key}={bare(uri)}: not an address MLflow keeps runs at; sqlite:///mlflow.db or http://host:5000, "
         "or leave it out"
     ]

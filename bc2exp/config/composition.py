@@ -48,6 +48,8 @@ def refuse_choice(group: str, choice: str, folder: Path) -> str | None:
     """Why a choice of a group cannot be taken, in words; None where it can."""
     known = options(group, folder)
     if choice not in known:
+        if (group, choice) == ("hydra/sweeper", "optuna"):
+            return f"{group}={choice}: is not installed; pip install 'bc2exp[sweep]'"
         if group == "experiments" and choice.lower() == "null":
             return f"{group}={choice}: no experiment is the default; leave the key out"
         there_are = f"there are {', '.join(known) or 'none'}"

@@ -26,6 +26,7 @@ def setting(
     below: float | None = None,
     choices: tuple[str, ...] = (),
     path: bool = False,
+    form: str = "",
     default_factory: Any = None,
 ) -> Any:
     """A dataclass field with its meaning and its range.
@@ -35,7 +36,9 @@ def setting(
         default: the value when no YAML gives one; without it the key is mandatory.
         minimum, above, maximum, below: closed or open bounds of a number (for a list: of each element).
         choices: the strings that are accepted; empty: any.
-        path: the string is a path; it is made absolute before ranks start, `~` is the home folder.
+        path: the string is a path; it is made absolute before ranks start, `~` is the home folder. So are
+            the elements of a list or a mapping.
+        form: what a value looks like, where a type cannot say it.
         default_factory: for lists.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
@@ -43,6 +46,7 @@ def setting(
         "help": help,
         "path": path,
         "choices": choices,
+        "form": form,
         "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
     }
     if default_factory is not None:

@@ -16,7 +16,7 @@ from bc2exp.config.overrides import Word, parse, quote, quote_text
 
 RUN_FOLDER = "hydra.run.dir"
 SWEEP_FOLDERS = ("hydra.sweep.dir", "hydra.sweep.subdir")
-PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper")
+PLUGIN_GROUPS = ("hydra/launcher", "hydra/sweeper", "hydra/sweeper/sampler")
 
 
 def is_folder(key: str) -> bool:
@@ -38,10 +38,26 @@ def refuse_setting(word: Word, *, sweep: bool) -> str | None:
     if not known or key.startswith("hydra.sweeper.params"):
         taken = ", ".join((*SWEEP_FOLDERS, *PLUGIN_GROUPS))
         return f"{word.text}: of Hydra's settings these are taken: {RUN_FOLDER}; with -m {taken}"
+    if sweep and (reason := _refuse_plugin(word)):
+        return reason
     if key == RUN_FOLDER and sweep:
         return f"{word.text}: is the folder of one run; with -m name the sweep's ({SWEEP_FOLDERS[0]}=...)"
     if key != RUN_FOLDER and not sweep:
         return f"{word.text}: belongs to a sweep; it needs -m"
+    return None
+
+
+def _refuse_plugin(word: Word) -> str | None:
+    """Why a choice or a setting of a sweep's plugin is not taken."""
+    if word.key.startswith("hydra.launcher.") or (word.key == "hydra/launcher" and word.value != "basic"):
+        return (
+            f"{word.text}: each job has processes of its own, one job after the other; leave the key out, or "
+            "let Slurm run them at the same time: sweep.sbatch=true"
+        )
+    if word.key in ("hydra.sweeper.storage", "hydra.sweeper.study_name"):
+        return f"{word.text}: the ledger of the sweep keeps what its jobs came to; leave the key out"
+    if word.key == "hydra/sweeper/sampler" and word.value == "grid":
+        return f"{word.text}: draws a grid by chance, and no resume could tell it again; -m alone runs a grid"
     return None
 
 

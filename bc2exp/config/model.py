@@ -77,5 +77,9 @@ class ModelConfig:
         None,
         path=True,
     )
-    weights: str | None = setting("folder of safetensors in HF layout; null: fresh weights", None, path=True)
+    weights: str | None = setting(
+        "folder of weights, published (.safetensors, .bin) or ModelLink's shards; null: fresh weights",
+        None,
+        path=True,
+    )
     recipes: Recipes = setting("the recipes of this model")

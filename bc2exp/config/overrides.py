@@ -15,6 +15,7 @@ from functools import lru_cache
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, EnumNode, IntegerNode, ListConfig, Node, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.nodes import BooleanNode, FloatNode
@@ -77,6 +78,19 @@ def quote(text: str) -> str:
 def quote_text(value: str) -> str:
     """Text as Hydra must see it: quoted, unless the user did so or wrote null."""
     return value if _QUOTED.fullmatch(value) or value.lower() == "null" else quote(value)
+
+
+def quote_list(value: str) -> str:
+    """A list of texts as Hydra must see it: the elements quoted as `quote_text` does (`[你好,a=b]`).
+
+    Raises HydraException for what is no list.
+    """
+    inner = value.strip()[1:-1]
+    if value.lower() == "null" or (value.strip()[:1] == "[" and not inner.strip()):
+        return value
+    if not (value.strip().startswith("[") and value.strip().endswith("]")):
+        raise HydraException(f"{value}: no list")
+    return f"[{','.join(quote_text(part) for part in split_sweep(inner))}]"
 
 
 def quote_choice(value: str) -> str:
@@ -155,7 +169,7 @@ def expectation(parent: DictConfig, name: str, node: Node) -> str:
     if isinstance(node, EnumNode):
         words = "one of " + ", ".join(member.name for member in node.enum_type)
     elif isinstance(node, ListConfig):
-        element = {int: "integers", float: "numbers"}.get(node._metadata.element_type, "values")
+        element = {int: "integers", float: "numbers", str: "texts"}.get(node._metadata.element_type, "values")
         words = f"a list of {element} in square brackets"
     else:
         words = next((text for kind, text in kinds.items() if isinstance(node, kind)), "text")
@@ -165,6 +179,7 @@ def expectation(parent: DictConfig, name: str, node: Node) -> str:
             words += ", " + describe_bounds(declared.metadata["bounds"])
         if declared.metadata["choices"]:
             words = "one of " + ", ".join(declared.metadata["choices"])
+        words = declared.metadata["form"] or words
     return words + (", or null" if node._is_optional() else "")
 
 

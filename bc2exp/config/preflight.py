@@ -18,9 +18,9 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
-from omegaconf import DictConfig, StringNode
+from omegaconf import DictConfig, ListConfig, StringNode
 
-from bc2exp.config.checks import check, leaves
+from bc2exp.config.checks import check, layout_problems, leaves
 from bc2exp.config.composition import (
     OWN_GROUPS,
     compose_groups,
@@ -31,6 +31,7 @@ from bc2exp.config.composition import (
     unknown_key,
 )
 from bc2exp.config.errors import UserError
+from bc2exp.config.fields import field_of
 from bc2exp.config.hydra_settings import (
     PLUGIN_GROUPS,
     is_folder,
@@ -50,6 +51,7 @@ from bc2exp.config.overrides import (
     parse,
     parse_word,
     quote_choice,
+    quote_list,
     quote_text,
     read_word,
 )
@@ -66,7 +68,8 @@ class Preflight:
 
     Attributes:
         overrides: the command line as Hydra must read it (text values quoted), in the order typed.
-        jobs: one composed configuration a job; more than one only under `-m`.
+        jobs: one composed configuration a job; more than one only under `-m`. Of a sweep some, but not all,
+            may have a layout that cannot be.
         problems: a sentence each; where there are any, the other two are empty and nothing may be started.
     """
 
@@ -201,13 +204,20 @@ class _Inspection:
         if len(places) < len(bases):
             self._blame(*unknown_key(word, bases))
             return []
-        node = places[0][2]
-        if isinstance(node, DictConfig):
+        parent, name, node = places[0]
+        declared = field_of(parent, name)
+        form = declared.metadata["form"] if declared is not None else ""
+        if isinstance(node, DictConfig) and not form:
             first = next(iter(leaves(node, f"{word.key}.")))[0]
             self._blame(f"{word.text}: is a group of keys; set them singly ({first}=...)", word.key)
             return []
         try:
-            reading = read_word(word, quote_text if isinstance(node, StringNode) else None, sweep=self.sweep)
+            # A value that may be a list or a mapping is text where it does not begin as one of these.
+            is_text = isinstance(node, StringNode) or (form and (word.value or "")[:1] not in "[{")
+            quoting = quote_text if is_text else None
+            if isinstance(node, ListConfig) and node._metadata.element_type is str and not self.sweep:
+                quoting = quote_list
+            reading = read_word(word, quoting, sweep=self.sweep)
         except (HydraException, ValueError) as error:
             hint = "" if isinstance(error, HydraException) else f" ({error})"
             self._blame(f"{word.text}: must be {expectation(*places[0])}{hint}", word.key)
@@ -242,6 +252,7 @@ class _Inspection:
             self._blame(f"-m: more than {MAX_JOBS} jobs; split the sweep")
             return []
         configs = []
+        impossible: list[list[str]] = []
         for job in jobs or itertools.product(*axes):
             if len(self.problems) > ENOUGH:
                 break
@@ -253,11 +264,21 @@ class _Inspection:
             for text in job[len(groups) :]:
                 assign(config, parse_word(text).key, parse(text).value())
             configs.append(config)
-            for problem in check(config, self.folder) or shared_folder(config, self.texts, sweep=self.sweep):
-                consequence = any("." in key and key in problem for key in self.blamed)
-                if not consequence and problem not in self.problems:
-                    self.problems.append(problem)
+            problems = check(config, self.folder) or shared_folder(config, self.texts, sweep=self.sweep)
+            if self.sweep and problems and problems == layout_problems(config, self.folder):
+                impossible.append(problems)  # a product of values has such corners
+            else:
+                self._tell(problems)
+        if len(impossible) == len(configs):
+            self._tell(problem for problems in impossible for problem in problems)
         return configs
+
+    def _tell(self, problems: Iterable[str]) -> None:
+        """Note what speaks against a job, but for what follows from another mistake."""
+        for problem in problems:
+            consequence = any("." in key and key in problem for key in self.blamed)
+            if not consequence and problem not in self.problems:
+                self.problems.append(problem)
 
 
 def _one_line(text: str) -> str:

@@ -10,6 +10,7 @@ from bc2exp.config.hardware import HardwareConfig
 from bc2exp.config.launch import LaunchConfig
 from bc2exp.config.model import ModelConfig
 from bc2exp.config.parallelism import ParallelismConfig
+from bc2exp.config.sweep import SweepConfig
 from bc2exp.config.task import TaskConfig
 
 GROUPS = ("model", "hardware", "parallelism", "dataset", "task")
@@ -28,7 +29,7 @@ class TrackingConfig:
 
 @dataclass
 class Config:
-    """Five groups, the tracker, the machines and the seed."""
+    """Five groups, the tracker, the machines, the sweep and the seed."""
 
     model: ModelConfig = setting("model")
     hardware: HardwareConfig = setting("hardware")
@@ -37,4 +38,5 @@ class Config:
     task: TaskConfig = setting("task")
     tracking: TrackingConfig = setting("MLflow")
     launch: LaunchConfig = setting("several machines")
+    sweep: SweepConfig = setting("several jobs")
     seed: int = setting("seeds fresh weights and the order of samples", 1234, minimum=0, maximum=2**63 - 1)

@@ -14,10 +14,12 @@ class TaskConfig:
     """What every task has.
 
     `on_devices` says whether the task is done by a rank on each device; a task that is not is done by one
-    process on the host, whatever the hardware.
+    process on the host, whatever the hardware. `supervised`: it reads questions and answers, not plain text;
+    None: either, by the kind of the data set.
     """
 
     on_devices: ClassVar[bool] = True
+    supervised: ClassVar[bool | None] = False
 
     name: str = setting("name of the task; MLflow's experiment")
     recipe: str = setting("which of the model's recipes", choices=("pretrain", "finetune"))
@@ -60,9 +62,15 @@ class PretrainConfig(TaskConfig):
     eval_every: int | None = setting("steps between evaluations; null: only at the end", minimum=1)
     eval_samples: int | None = setting("held-out samples an evaluation; null: all", minimum=1)
     save_every: int | None = setting("steps between checkpoints; null: only at the end", minimum=1)
-    keep_checkpoints: int = setting("newest checkpoints to keep", 2, minimum=1)
+    save_beside: bool = setting(
+        "write checkpoints while the training goes on; takes a copy of the state on the host", True
+    )
+    keep_checkpoints: int = setting("newest checkpoints to keep; the best one stays, too", 2, minimum=1)
     resume: str = setting(
         "auto: the newest unfinished run of this configuration; never; or a run folder", "auto"
+    )
+    accept_changes: bool = setting(
+        "go on from a checkpoint though data, tokenizer, seed or batch have changed since", False
     )
 
 

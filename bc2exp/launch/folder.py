@@ -9,19 +9,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
 from bc2exp.config.errors import UserError
-from bc2exp.config.load import digest
+from bc2exp.config.load import differences, digest
 from bc2exp.storage.lock import Lock, LockHeld, hold, is_held
 from bc2exp.tracking.journal import outcome
 
 RUN_FILE = "run.json"
 
 _SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "position")
+_FIXED = ("task.name", *(f"model.{name}" for name in _SHAPE))
 """What a checkpoint depends on."""
+_SAMPLES = ("seed", "task.global_batch", "model.tokenizer")
+"""What, beside the data set, the samples of a step depend on."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class RunFolder:
 
 
 def default_folder(plain: dict[str, Any], launch_folder: Path, now: datetime) -> Path:
-    """`runs/<task>-<model>/<time>-<config digest>` below the launch folder."""
-    kind = f"{plain['task']['name']}-{plain['model']['name']}"
+    """`runs/<task>-<model>/<time>-<digest>` below the launch folder; without a model `runs/<task>/...`."""
+    kind = "-".join(plain[group]["name"] for group in ("task", "model") if group in plain)
     return launch_folder / "runs" / kind / f"{now:%Y-%m-%d_%H-%M-%S}-{digest(plain)}"
 
 
@@ -67,8 +70,18 @@ def claim(plain: dict[str, Any], launch_folder: Path, chosen: Path | None, now: 
         if resume == "auto":
             unfinished = newest_unfinished(launch_folder / "runs", digest(plain))
             if unfinished is not None:
-                return _own(unfinished, resumed=True)
-        return _own(_create(new) if chosen is None else _empty(chosen), resumed=False)
+                return own(unfinished, resumed=True)
+        return own(_create(new) if chosen is None else _empty(chosen), resumed=False)
+
+
+def claim_job(path: Path) -> RunFolder:
+    """The folder of a sweep's job: its own and no other's, new or with the earlier part of its run.
+
+    Raises UserError as `claim` does.
+    """
+    with writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return own(path, resumed=(path / RUN_FILE).is_file())
 
 
 def named_folder(plain: dict[str, Any], chosen: Path) -> Path:
@@ -109,29 +122,46 @@ def writable(path: Path) -> Iterator[None]:
 def _continue_named(plain: dict[str, Any], folder: Path) -> RunFolder:
     """The run that `task.resume` names goes on with this configuration."""
     _is_finished(folder)  # it may go on in any case, unless its journal is damaged
-    before = OmegaConf.load(folder / "resolved.yaml")
-    keys = ["task.name", *(f"model.{name}" for name in _SHAPE)]
-    for key in keys:
-        group, _, name = key.partition(".")
-        there, here = OmegaConf.select(before, key), plain[group][name]
-        if there != here and None not in (there, here):
-            raise UserError(
-                f"task.resume={folder}: that run has {key}={there}, this configuration {here}; a run goes on "
-                "with the same task and the same model"
-            )
-    return _own(folder, resumed=True)
+    changed = differences(plain, cast(dict[str, Any], OmegaConf.to_container(_resolved(folder))))
+    fixed = [each for each in changed if each[0] in _FIXED and None not in each]
+    if fixed:
+        raise UserError(
+            f"task.resume={folder}: that run has {_listed(fixed)}; a run goes on with the same task and the "
+            "same model"
+        )
+    samples = [each for each in changed if each[0] in _SAMPLES or each[0].startswith("dataset.")]
+    if samples and not plain["task"].get("accept_changes"):
+        raise UserError(
+            f"task.resume={folder}: that run has {_listed(samples)}; with other samples it is not the same "
+            "training: put them back, or go on all the same with task.accept_changes=true"
+        )
+    return own(folder, resumed=True)
 
 
 def _continue_chosen(plain: dict[str, Any], chosen: Path, resume: str) -> RunFolder:
     if resume == "never":
         raise UserError(f"hydra.run.dir={chosen}: holds a run, and task.resume=never; name another folder")
     if json.loads((chosen / RUN_FILE).read_text())["digest"] != digest(plain):
+        changed = differences(plain, cast(dict[str, Any], OmegaConf.to_container(_resolved(chosen))))
         raise UserError(
-            f"hydra.run.dir={chosen}: holds a run of another configuration; name another folder, or continue "
-            f"that run with this configuration by task.resume={chosen}"
+            f"hydra.run.dir={chosen}: holds a run of another configuration, with {_listed(changed)}; name "
+            f"another folder, or continue that run with this configuration by task.resume={chosen}"
         )
     refuse_finished(chosen)
-    return _own(chosen, resumed=True)
+    return own(chosen, resumed=True)
+
+
+def _resolved(folder: Path) -> Any:
+    return OmegaConf.load(folder / "resolved.yaml")
+
+
+def _listed(changed: list[tuple[str, Any, Any]]) -> str:
+    """What differs, as one would type it."""
+
+    def typed(value: Any) -> Any:
+        return "null" if value is None else value
+
+    return ", ".join(f"{key}={typed(there)} (here {typed(here)})" for key, here, there in changed)
 
 
 def refuse_finished(chosen: Path) -> None:
@@ -171,7 +201,8 @@ def _create(path: Path) -> Path:
             candidate = path.with_name(f"{path.name}-{number}")
 
 
-def _own(path: Path, *, resumed: bool) -> RunFolder:
+def own(path: Path, *, resumed: bool) -> RunFolder:
+    """Own the folder `path`, which is there. Raises UserError where a living process does."""
     try:
         return RunFolder(path, hold(path / "owner.lock"), resumed)
     except LockHeld:

@@ -9,6 +9,7 @@ import json
 import socket
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,15 +20,16 @@ from bc2exp.config.load import differences, digest
 from bc2exp.config.nodes import Nodes
 from bc2exp.launch.folder import refuse_finished
 from bc2exp.launch.line import Line
-from bc2exp.launch.machine import needed_devices, require
+from bc2exp.launch.machine import require
 from bc2exp.launch.nodes import NODES_FILE, as_words
 from bc2exp.launch.ranks import Failure, Ranks
-from bc2exp.launch.run import DONE, FAILED, STOPPED, show
+from bc2exp.launch.run import DONE, FAILED, STOPPED, show, start_ranks
 from bc2exp.launch.terminal import StopRequests, lasting_screen, stop_requests
 
 _POLL_SECONDS = 0.1
 _CONNECT_SECONDS = 2.0
 _ANSWER_SECONDS = 10.0
+_TELL_SECONDS = 1.0
 
 
 def join_run(folder: Path, plain: dict[str, Any], nodes: Nodes, launch_folder: Path) -> int:
@@ -131,16 +133,25 @@ def _follow(
     """Start the ranks when node 0 says so, and end as it says: its exit code, and what there is to tell."""
     ranks: Ranks | None = None
     told, reported = 0, False
+    told_of_life = time.monotonic()
     while True:
-        if ranks is not None and not reported and not ranks.running():
-            ranks.close()
-            line.send(ended=as_words(ranks.failure()))
-            reported = True
+        if ranks is not None and not reported:
+            if not ranks.running():
+                ranks.close()
+                line.send(ended=as_words(ranks.failure()))
+                reported = True
+            elif (hung := ranks.hung()) is not None:
+                # They end when node 0 says so: until then those of all machines can be asked where they are.
+                line.send(ended=as_words(replace(hung, details=ranks.stacks())))
+                reported = True
+            elif time.monotonic() > told_of_life + _TELL_SECONDS:
+                line.send(signs=ranks.signs())
+                told_of_life = time.monotonic()
         for word in line.receive():
             if word.get("go") and ranks is None:
-                deterministic = plain["hardware"]["deterministic"]
-                devices = needed_devices(plain, nodes)
-                ranks = Ranks(folder, *devices, nodes, line.interface(), deterministic=deterministic)
+                ranks = start_ranks(folder, plain, nodes, line.interface())
+            elif word.get("stacks") and ranks is not None and ranks.running() and not reported:
+                ranks.stacks()
             elif "end" in word:
                 _end(ranks)
                 return word["end"], word["text"]

@@ -4,8 +4,8 @@ Each machine has a parent of its own. Node 0's listens on a port that it writes 
 token of this very start: a record that an earlier start left behind leads nowhere, or to a parent that does
 not know the token. The connection then carries every word between the parents (`Line`):
 
-    node k: hello (token, node), ready (problem), stop (how often), ended (failure)
-    node 0: welcome or refused, go, end (code, text)
+    node k: hello (token, node), ready (problem), signs (of life), stop (how often), ended (failure)
+    node 0: welcome or refused, go, stacks (leave them in the logs), end (code, text)
 """
 
 from __future__ import annotations
@@ -45,6 +45,17 @@ class Alone:
     def go(self) -> None:
         """Nobody is told."""
 
+    def signs(self) -> list[dict[str, Any]]:
+        """There are no ranks elsewhere."""
+        return []
+
+    def hung(self) -> Failure | None:
+        """Nobody hangs elsewhere."""
+        return None
+
+    def ask_for_stacks(self) -> None:
+        """Nobody is asked."""
+
     def overdue(self) -> bool:
         """Nobody is lost."""
         return False
@@ -76,6 +87,7 @@ class Others:
         self._lines: dict[int, Line] = {}
         self._ready: set[int] = set()
         self._ended: dict[int, Failure | None] = {}
+        self._signs: list[dict[str, Any]] = []
         self._refusal: Failure | None = None
         self._deadline: float | None = None
         record = {"token": self._token, "port": self._listener.getsockname()[1], "nnodes": nodes.count}
@@ -108,6 +120,20 @@ class Others:
         """Let every machine start its ranks."""
         for line in self._lines.values():
             line.send(go=True)
+
+    def signs(self) -> list[dict[str, Any]]:
+        """What was told since the last call of the ranks of other machines: their last signs of life."""
+        told, self._signs = self._signs, []
+        return told
+
+    def hung(self) -> Failure | None:
+        """The failure of a machine on which a rank hangs, and whose ranks still live."""
+        return next((failure for failure in self._ended.values() if failure and failure.kind == "hung"), None)
+
+    def ask_for_stacks(self) -> None:
+        """Let every machine leave the stacks of its ranks in the logs, before they end."""
+        for line in self._lines.values():
+            line.send(stacks=True)
 
     def overdue(self) -> bool:
         """Whether a machine has failed for so long that the ranks here should have ended by themselves."""
@@ -170,6 +196,8 @@ class Others:
                     self._ready.add(node)
                 elif "ready" in word:
                     self._ended[node] = Failure("user", f"node {node}: {word['ready']}")
+                elif "signs" in word:
+                    self._signs += word["signs"]
                 elif "stop" in word:
                     self.stops = max(self.stops, int(word["stop"]))
                 elif "ended" in word:
@@ -179,9 +207,10 @@ class Others:
                 self._ended[node] = Failure("lost", text)
 
     def _first_failure(self, own: Failure | None) -> Failure | None:
-        """What was killed from outside comes first, then the first error in time."""
+        """What was killed from outside or hangs comes first, then the first error in time."""
         failures = [failure for failure in (own, *self._ended.values()) if failure is not None]
-        return min(failures, key=lambda failure: (failure.kind != "lost", failure.time), default=None)
+        causes = ("lost", "hung")
+        return min(failures, key=lambda failure: (failure.kind not in causes, failure.time), default=None)
 
 
 def as_words(failure: Failure | None) -> dict[str, Any] | None:

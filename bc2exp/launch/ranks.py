@@ -8,13 +8,21 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bc2exp.config.nodes import ALONE, Nodes
 from bc2exp.hardware.probe import rank_environment
+from bc2exp.launch import hung, processes
+from bc2exp.launch.signs import Signs
+from bc2exp.tracking.pulse import Listener
+from bc2exp.tracking.signals import undisturbed
 
 # What torchrun writes of each rank that did not end with 0, and of those that it ended itself.
 _FAILED = re.compile(r"rank\s*:\s*(\d+)\s*\(local_rank:\s*\d+\)\s*exitcode\s*:\s*(-?\d+)\s*\(pid:\s*(\d+)\)")
@@ -29,14 +37,16 @@ class Failure:
     """Why the ranks ended without an outcome.
 
     Attributes:
-        kind: `user`, `training`, `disk`, `crash`, or `lost` (killed from outside).
+        kind: `user`, `training`, `disk`, `crash`, `hung`, or `lost` (killed from outside).
         text: a sentence, or for a crash the traceback.
         time: Unix time at which a rank reported it, seconds.
+        details: more lines, for who looks into it.
     """
 
     kind: str
     text: str
     time: float = field(default=math.inf, compare=False)
+    details: str = field(default="", compare=False)
 
 
 class Ranks:
@@ -48,6 +58,7 @@ class Ranks:
         num_ranks: ranks of this machine.
         nodes: the machines of the run.
         interface: the network interface that leads to the other machines, where it is known.
+        hang_s: seconds without a sign of life after which a rank counts as hung; None: none ever does.
     """
 
     def __init__(
@@ -59,6 +70,7 @@ class Ranks:
         interface: str | None = None,
         *,
         deterministic: bool = False,
+        hang_s: float | None = None,
     ) -> None:
         self._folder = folder
         self._nodes = nodes
@@ -74,12 +86,19 @@ class Ranks:
         # Installed device plug-ins load themselves on `import torch` and fail without their drivers;
         # the backend's module imports what it needs.
         fixed = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONUNBUFFERED": "1"}
-        self._launcher_log = logs / ("launcher.log" if nodes.count == 1 else f"launcher-{nodes.rank}.log")
-        lifeline, self._writer = os.pipe()
-        with self._launcher_log.open("wb") as log:
+        suffix = "" if nodes.count == 1 else f"-{nodes.rank}"
+        self._launcher_log = logs / f"launcher{suffix}.log"
+        self._stacks = logs / f"stacks{suffix}.txt"
+        self._stacks.unlink(missing_ok=True)  # of an earlier start
+        # Both ways: its end is the ranks' end, and they say through it that they live.
+        self._lifeline, theirs = socket.socketpair()
+        self._listener = Listener(self._lifeline)
+        first = nodes.rank * num_ranks
+        self._signs = Signs(range(first, first + num_ranks), hang_s)
+        with self._launcher_log.open("wb") as log, undisturbed():
             self._process = subprocess.Popen(
                 command,
-                stdin=lifeline,
+                stdin=theirs.fileno(),
                 stdout=log,
                 stderr=log,
                 env={
@@ -89,15 +108,43 @@ class Ranks:
                 },
                 start_new_session=True,  # Ctrl-C is the parent's to answer
             )
-        os.close(lifeline)
+        theirs.close()
 
     def running(self) -> bool:
         """Whether any rank may still be at work."""
         return self._process.poll() is None
 
+    def hung(self, elsewhere: Iterable[dict[str, Any]] = ()) -> Failure | None:
+        """The failure where a rank hangs. Ask often: this is what listens to them.
+
+        Args:
+            elsewhere: what other machines have told of their `signs` since.
+        """
+        self._signs.look(self._listener.hear(), elsewhere)
+        found = hung.find(self._signs)
+        if not found or self._errors():  # torchrun ends what lives beside a rank that failed
+            return None
+        node = next(iter(found)) // len(self._signs.ranks)
+        where = f" of node {node}" if self._nodes.count > 1 else ""
+        files = "stacks.txt" if self._nodes.count == 1 else "stacks-N.txt"
+        text = f"{hung.sentence(self._signs, found, where)}; the stacks of the ranks are in logs/{files}"
+        return Failure("hung", text, time.time())
+
+    def signs(self) -> list[dict[str, Any]]:
+        """The last sign of life of each rank here, to tell node 0."""
+        return self._signs.latest()
+
+    def stacks(self) -> str:
+        """Ask all ranks where they are; the innermost frames of each, the rest in a file of the logs."""
+        return hung.stacks_of(self._signs, self._folder / "logs", self._stacks)
+
     def kill(self) -> None:
-        """End every rank now: the end of the pipe ends the ranks, the signal ends what started them."""
+        """End every rank now, with whatever it has started, stopped or not."""
+        victims = processes.below(self._process.pid)
         self.close()
+        processes.kill(victims)
+        if not self._under_torchrun:
+            self._process.kill()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
@@ -105,10 +152,8 @@ class Ranks:
             self._process.wait()
 
     def close(self) -> None:
-        """Let go of the pipe: no rank outlives it."""
-        if self._writer >= 0:
-            os.close(self._writer)
-            self._writer = -1
+        """Let go of the lifeline: no rank outlives it."""
+        self._lifeline.close()
 
     def failure(self) -> Failure | None:
         """Why they ended, None for an orderly end. The first error in time is the cause; the errors of
@@ -125,7 +170,7 @@ class Ranks:
         return Failure(kind, text, time)
 
     def _cause(self, code: int) -> tuple[str, str, float]:
-        errors = [json.loads(file.read_text()) for file in (self._folder / "logs").glob("rank-*.error.json")]
+        errors = [json.loads(file.read_text()) for file in self._errors()]
         if errors:
             first = min(errors, key=lambda error: error["time"])
             return first["kind"], first["text"].rstrip(), first["time"]
@@ -133,6 +178,10 @@ class Ranks:
             return "disk", "there was no room to say more", math.inf
         how = f"the ranks ended with code {code} before they could say why"
         return "crash", f"{how}; the last lines of their logs:\n{self._last_lines()}", math.inf
+
+    def _errors(self) -> list[Path]:
+        """What ranks have left that raised."""
+        return list((self._folder / "logs").glob("rank-*.error.json"))
 
     def _killed(self, code: int) -> str | None:
         """The sentence for a process that a signal from outside ended."""

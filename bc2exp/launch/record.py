@@ -19,7 +19,9 @@ from omegaconf import OmegaConf
 from bc2exp import __version__
 from bc2exp.config.load import digest
 from bc2exp.config.roots import checkout
+from bc2exp.config.secrets import ADDRESS, withdraw
 from bc2exp.launch.folder import RUN_FILE, RunFolder
+from bc2exp.launch.machine import rank_variables
 from bc2exp.storage.atomic import write_json, write_text
 
 _MAX_DIFF_BYTES = 10_000_000
@@ -39,7 +41,8 @@ def write_record(
     (path / "git.diff").unlink(missing_ok=True)  # of an earlier part of the run
     if diff:
         write_text(path / "git.diff", diff)
-    write_json(path / "environment.json", environment())
+    variables = rank_variables(plain) if "hardware" in plain else {}  # a sweep has no ranks of its own
+    write_json(path / "environment.json", {**environment(), "variables": variables})
     if folder.resumed:
         run: dict[str, Any] = json.loads((path / RUN_FILE).read_text())
         run["digest"] = digest(plain)
@@ -69,7 +72,7 @@ def run_name(plain: dict[str, Any], now: datetime) -> str:
 def tracking_record(plain: dict[str, Any], launch_folder: Path) -> dict[str, Any]:
     """Address, experiment and place of artifacts, all absolute, so that `mlflow ui` there shows the run."""
     tracking = plain["tracking"]
-    uri = tracking["uri"] or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    uri = withdraw(tracking["uri"] or os.environ.get(ADDRESS) or "sqlite:///mlflow.db")
     relative = uri.removeprefix("sqlite:///")
     local = uri.startswith("sqlite:///")
     if local and not relative.startswith("/"):

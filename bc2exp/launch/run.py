@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,15 @@ from bc2exp.config.errors import UserError
 from bc2exp.config.nodes import Nodes, find_nodes
 from bc2exp.hardware import rehearsal
 from bc2exp.launch.closing import print_places, print_report, show
+from bc2exp.launch.conversation import Conversation
 from bc2exp.launch.folder import RunFolder, writable
 from bc2exp.launch.machine import is_rehearsal, needed_devices
 from bc2exp.launch.nodes import Alone, Others
 from bc2exp.launch.ranks import Failure, Ranks
-from bc2exp.launch.record import write_record
+from bc2exp.launch.record import tracking_record, write_record
 from bc2exp.launch.terminal import StopRequests, lasting_screen, stop_requests
-from bc2exp.launch.tracker import NoTracker, Tracker, sync
+from bc2exp.launch.tracker import NoTracker, Tracker, sync, to_sync
 from bc2exp.tracking.journal import Journal, Tail, last_segment, outcome
-from bc2exp.tracking.progress import Progress
 
 DONE, FAILED, WRONG, STOPPED = 0, 1, 2, 3
 """Exit codes of the command."""
@@ -28,7 +29,12 @@ _POLL_SECONDS = 0.1
 
 
 def run_on_ranks(
-    folder: RunFolder, plain: dict[str, Any], overrides: list[str], launch_folder: Path, tags: dict[str, str]
+    folder: RunFolder,
+    plain: dict[str, Any],
+    overrides: list[str],
+    launch_folder: Path,
+    tags: dict[str, str],
+    conversation: Conversation,
 ) -> int:
     """Do a task on its ranks from start to end; returns the exit code.
 
@@ -41,6 +47,7 @@ def run_on_ranks(
         (path / "stop").unlink(missing_ok=True)
         (path / "logs").mkdir(exist_ok=True)
         run = write_record(folder, plain, overrides, launch_folder, tags)
+        conversation.begin(path)
         others = Alone() if nodes.count == 1 else Others(path, nodes)
     segment = last_segment(path / "metrics.jsonl") + 1
     with stop_requests() as requests, lasting_screen():
@@ -50,18 +57,26 @@ def run_on_ranks(
         tracker = (
             Tracker(path, plain["tracking"]["patience_s"]) if run["tracking"]["enabled"] else NoTracker()
         )
-        failure = watch(path, plain, nodes, others, requests, launch_folder)
+        failure = watch(path, plain, nodes, others, requests, launch_folder, conversation)
         if is_rehearsal(plain):
             rehearsal.merge(path, plain["hardware"]["num_devices"])
         code = conclude(path, failure, segment, launch_folder)
         others.end(code, failure.text.splitlines()[-1] if failure and code in (FAILED, WRONG) else "")
-        if code in (DONE, STOPPED) and not print_report(path, plain["task"]["name"]):
+        ended = code in (DONE, STOPPED)
+        # What the doctor found before it was broken off is worth reading.
+        if (
+            (ended or (path / "doctor.json").is_file())
+            and not print_report(path, plain["task"]["name"])
+            and ended
+        ):
             code = FAILED
         heard = requests.count
         complaint = tracker.close(give_up=lambda: requests.count > heard)
         if complaint:
             print(f"bc2exp: {complaint}", file=sys.stderr)
-        print_places(path, launch_folder, run["tracking"], resumable=code in (FAILED, STOPPED))
+        # of a job the sweep says how it goes on
+        resumable = code in (FAILED, STOPPED) and "bc2exp.job" not in run["tags"]
+        print_places(path, launch_folder, run["tracking"], resumable=resumable)
     return code
 
 
@@ -72,6 +87,7 @@ def watch(
     others: Alone | Others,
     requests: StopRequests,
     launch_folder: Path,
+    conversation: Conversation,
 ) -> Failure | None:
     """Start the ranks and show their progress until they have ended; why they failed, if they did."""
     if nodes.count > 1:
@@ -82,15 +98,18 @@ def watch(
     rehearsal.clear(path)
     tail = Tail(path / "metrics.jsonl")
     tail.poll()  # what earlier segments wrote has been shown already
-    deterministic = plain["hardware"]["deterministic"]
-    devices = needed_devices(plain, nodes)
-    ranks = Ranks(path, *devices, nodes, others.interface, deterministic=deterministic)
+    ranks = start_ranks(path, plain, nodes, others.interface)
     others.go()
-    with Progress(None) as progress:
+    with conversation.progress() as progress:
         answered = 0
         running = True
         while running:
             running = ranks.running()  # asked before the journal, so that its last lines are shown, too
+            if running and (hung := ranks.hung(others.signs()) or others.hung()) is not None:
+                others.ask_for_stacks()
+                details = "\n".join(filter(None, (hung.details, ranks.stacks())))
+                ranks.kill()
+                return others.settle(replace(hung, details=details))
             if others.overdue():
                 ranks.kill()
                 return others.settle(None)
@@ -101,13 +120,25 @@ def watch(
                     ranks.kill()
                     return Failure("lost", "ended at once on request; the last checkpoint stands")
                 (path / "stop").touch()
-                text = "stopping after this step and saving; once more (Ctrl-C) ends it at once"
-                progress.update({"event": "note", "text": text})
+                progress.update({"event": "note", "text": conversation.stopping})
+            conversation.tend(stop=answered > 0)
             for record in tail.poll():
                 progress.update(as_shown(record, path, launch_folder))
             time.sleep(_POLL_SECONDS if running else 0)
     ranks.close()
     return others.settle(ranks.failure())
+
+
+def start_ranks(path: Path, plain: dict[str, Any], nodes: Nodes, interface: str | None) -> Ranks:
+    """The ranks of this machine, for the task of a configuration."""
+    return Ranks(
+        path,
+        *needed_devices(plain, nodes),
+        nodes,
+        interface,
+        deterministic=plain["hardware"]["deterministic"],
+        hang_s=plain["launch"]["hang_s"],
+    )
 
 
 def as_shown(record: dict[str, Any], path: Path, launch_folder: Path) -> dict[str, Any]:
@@ -128,7 +159,9 @@ def conclude(path: Path, failure: Failure | None, segment: int, launch_folder: P
         return DONE if ending["event"] == "done" else STOPPED
     failure = failure or Failure("crash", "the ranks ended without an outcome")
     print(f"bc2exp: {failure.text}", file=sys.stderr)
-    if failure.kind in ("crash", "lost"):
+    for line in failure.details.splitlines():
+        print(f"  {line}", file=sys.stderr)
+    if failure.kind in ("crash", "hung", "lost"):
         print(
             f"bc2exp: the run failed; its logs are in {show(path / 'logs', launch_folder)}", file=sys.stderr
         )
@@ -141,17 +174,22 @@ def conclude(path: Path, failure: Failure | None, segment: int, launch_folder: P
 
 
 def sync_runs(plain: dict[str, Any], launch_folder: Path) -> int:
-    """The task `sync`: replay one run folder, or every one below runs/, into MLflow."""
+    """The task `sync`: replay runs into the MLflow that each names, or into the one of `tracking.uri`.
+
+    A run folder that is named is recorded in any case; else every one below runs/ that is over and tracked.
+    """
+    left_out: list[str] = []
     if named := plain["task"]["run"]:
         if not (Path(named) / "run.json").is_file():
             raise UserError(f"task.run={named}: is no run folder (it would hold run.json)")
         folders = [Path(named)]
     else:
-        folders = sorted(file.parent for file in (launch_folder / "runs").glob("**/run.json"))
-    if not folders:
+        folders, left_out = to_sync(launch_folder / "runs")
+    uri = tracking_record(plain, launch_folder)["uri"] if plain["tracking"]["uri"] else None
+    code = sync(folders, uri, plain["tracking"]["patience_s"]) if folders else DONE
+    if not folders and not left_out:
         print("sync: no run folders below runs/")
-        return DONE
-    code = sync(folders)
-    if code == DONE:
-        print(f"sync: {len(folders)} run folder{'s' * (len(folders) > 1)} recorded")
+    elif code == DONE:
+        number = len(folders)
+        print("; ".join([f"sync: {number} run folder{'s' * (number != 1)} recorded", *left_out]))
     return code if code in (DONE, WRONG) else FAILED

@@ -1,8 +1,10 @@
 """The person at the terminal, who may ask the run to stop, or leave while it goes on.
 
 Ctrl-C, a closed window, the batch system's warning: the first asks the ranks to save and to end at the next
-step, the second ends them at once. And whoever reads what is printed, a window or `| head`, can be gone at
-any moment: no write may then end a training of days, so the first that fails turns the rest to nowhere.
+step, the second ends them at once.
+
+Whoever reads what is printed, a window or `| head`, can be gone at any moment: no write may then end a
+training of days, so the first that fails turns the rest to nowhere.
 """
 
 from __future__ import annotations
@@ -10,34 +12,53 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from bc2exp.tracking.signals import REQUESTS
+
+_ECHO_SECONDS = 0.5
+"""One request may be several signals: SIGHUP behind SIGTERM, or the same again from a program between."""
 
 
 class StopRequests:
-    """How often stopping was asked for."""
+    """How often stopping was asked for. Whoever listens around a block hears what is heard in it."""
 
     def __init__(self) -> None:
         self.count = 0
+        self._last = -_ECHO_SECONDS
+        self._around: StopRequests | None = None
 
     def _heard(self, number: int, frame: FrameType | None) -> None:
-        self.count += 1
+        now = time.monotonic()
+        if now - self._last >= _ECHO_SECONDS:
+            self.count += 1
+            self._last = now
+        if self._around is not None:
+            self._around._heard(number, frame)
 
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
     """Count requests to stop instead of dying of them, while the block runs."""
     requests = StopRequests()
-    before = {number: signal.signal(number, requests._heard) for number in _SIGNALS}
+    heard_by = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    requests._around = heard_by if isinstance(heard_by, StopRequests) else None
+    asking = [number for number in REQUESTS if number != signal.SIGHUP or not _under_nohup()]
+    before = {number: signal.signal(number, requests._heard) for number in asking}
     try:
         yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _under_nohup() -> bool:
+    """Whether whoever started the command wants it to outlive the terminal."""
+    return signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 @contextmanager

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from bc2exp.storage import atomic
-from bc2exp.tracking import journal
+from bc2exp.report.reading import summarize_file
 
 _GIB = 2**30
 _PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations")
@@ -18,12 +16,7 @@ _PARTS = ("parameters", "gradients", "optimizer", "gathered", "activations")
 
 def summarize_plan(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Write `summary.json` of the plan in `run_folder`; returns the plan."""
-    folder = Path(run_folder)
-    report: dict[str, Any] = json.loads((folder / "plan.json").read_text("utf-8"))
-    outcome = journal.outcome(folder / "metrics.jsonl")
-    ended = {"outcome": outcome["event"] if outcome else None, "reason": (outcome or {}).get("reason")}
-    atomic.write_json(folder / "summary.json", {**ended, "plan": report})
-    return report
+    return summarize_file(Path(run_folder), "plan.json", "plan")
 
 
 def verdict(report: dict[str, Any]) -> str:

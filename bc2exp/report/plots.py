@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
+from bc2exp.report.drawing import png, step_axes
 from bc2exp.report.summary import History, history
 from bc2exp.storage import atomic
 
@@ -28,30 +25,19 @@ def plot_loss(run_folder: str | os.PathLike[str], path: str | os.PathLike[str] |
     """
     folder = Path(run_folder)
     target = folder / "loss.png" if path is None else Path(path)
-    # No pyplot: it keeps a global list of figures and asks for a screen.
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = step_axes()
     _draw(axes, history(folder / "metrics.jsonl"))
     if axes.lines:  # the legend stands outside, where it covers no curve
         figure.legend(loc="outside upper right", ncols=4, fontsize=9, frameon=False)
     title = "/".join(folder.resolve().parts[-2:])
     if title.isascii():  # the fonts that come with matplotlib draw anything else as boxes
         axes.set_title(title, fontsize=9, loc="left", color=_REFERENCE, parse_math=False)
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    atomic.write_bytes(target, buffer.getvalue())
+    atomic.write_bytes(target, png(figure))
     return target
 
 
 def _draw(axes: Axes, read: History) -> None:
-    axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
     steps, losses = _sorted(read.series.get("train/loss", {}))
     if not losses:
         axes.text(0.5, 0.5, "no loss recorded", transform=axes.transAxes, ha="center", color=_REFERENCE)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from bc2exp.report.reading import summarize_file
 from bc2exp.storage import atomic
-from bc2exp.tracking import journal
 
 Report = Mapping[str, Any]
 """The `report.json` of a run folder. A store that was made elsewhere has no counts of its making."""
@@ -26,10 +24,7 @@ def summarize_preparation(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises OSError where there is no `report.json`.
     """
     folder = Path(run_folder)
-    report: dict[str, Any] = json.loads((folder / "report.json").read_text("utf-8"))
-    outcome = journal.outcome(folder / "metrics.jsonl")
-    ended = {"outcome": outcome["event"] if outcome else None, "reason": (outcome or {}).get("reason")}
-    atomic.write_json(folder / "summary.json", {**ended, "data": report})
+    report = summarize_file(folder, "report.json", "data")
     if report.get("lengths"):
         atomic.write_bytes(folder / "lengths.png", draw_lengths(report))
     return report
@@ -87,8 +82,9 @@ def _number(count: int, noun: str) -> str:
 
 def draw_lengths(report: Report) -> bytes:
     """The histogram of the documents' lengths as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
+    from bc2exp.report.drawing import png
 
     lengths = report["lengths"]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -100,6 +96,4 @@ def draw_lengths(report: Report) -> bytes:
     axes.tick_params(axis="x", labelrotation=30)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
-    return buffer.getvalue()
+    return png(figure)

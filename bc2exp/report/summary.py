@@ -28,6 +28,9 @@ _MOST_LEFT_OUT = 10
 SAMPLES = "perf/samples_per_s"
 TOKENS = "perf/tokens_per_s_per_device"
 SECONDS = "perf/step_time_s"
+STEP_TOKENS = "data/tokens_per_step"
+STEP_POSITIONS = "data/positions_per_step"
+"""Recorded where samples differ in length: what a step's samples hold, and what was computed with padding."""
 
 
 @dataclass
@@ -91,6 +94,7 @@ def summarize(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
     read = history(folder / "metrics.jsonl")
     outcome = journal.outcome(folder / "metrics.jsonl")
     losses = list(read.series.get("train/loss", {}).values())
+    ends = max(1, min(_ENDS, len(losses) // 2))  # of a short run fewer, that the two share no step
     evaluations = read.series.get("eval/loss", {})
     best = min(evaluations, key=lambda step: _ordered(evaluations[step]), default=None)
     result = {
@@ -101,13 +105,14 @@ def summarize(run_folder: str | os.PathLike[str]) -> dict[str, Any]:
         "segments": journal.last_segment(folder / "metrics.jsonl") + 1,
         "wall_time_s": read.seconds,
         "loss": {
-            "first": _mean(losses[:_ENDS]),
-            "last": _mean(losses[-_ENDS:]),
+            "first": _mean(losses[:ends]),
+            "last": _mean(losses[-ends:]),
             "eval_min": None if best is None else evaluations[best],
             "eval_min_step": best,
             "unigram_entropy": read.entropy,
         },
         "throughput": throughput(read, config),
+        "work": work(read, config),
         "memory": {"peak_gib": max(read.series.get("mem/peak_gib", {}).values(), default=None)},
         "folders": _folders(folder),
     }
@@ -131,7 +136,8 @@ def throughput(read: History, config: DictConfig) -> dict[str, Any]:
     samples, tokens = _rate(rows[SAMPLES]), _rate(rows[TOKENS])
     seconds = _mean(rows[SECONDS])
     batch = config["task"].get("global_batch")
-    length = config["dataset"].get("sequence_length")
+    # Where samples differ in length there is none that a speed in tokens could follow from.
+    length = None if STEP_TOKENS in read.series else config["dataset"].get("sequence_length")
     hardware = config["hardware"]
     devices = hardware["num_devices"]
     # A resumed run may have gone on with another number of devices: each step has its own.
@@ -156,6 +162,30 @@ def throughput(read: History, config: DictConfig) -> dict[str, Any]:
                 (p, length and s * length / count) for s, _, p, count in checks
             ),
         },
+    }
+
+
+def work(read: History, config: DictConfig) -> dict[str, Any] | None:
+    """What all steps came to, of samples that differ in length: real tokens, positions computed, and those of
+    the same samples padded to the full length. None where all samples have one length."""
+    if STEP_TOKENS not in read.series:
+        return None
+    steps = sorted(read.series[STEP_TOKENS])
+    # What is recorded is the mean over the steps since the record before.
+    numbers = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+    tokens, positions = (
+        round(sum(read.series[name][step] * number for step, number in zip(steps, numbers, strict=True)))
+        for name in (STEP_TOKENS, STEP_POSITIONS)
+    )
+    samples = config["task"]["global_batch"] * sum(numbers)
+    padded = samples * config["dataset"]["sequence_length"]
+    return {
+        "packing": config["dataset"].get("packing"),
+        "samples": samples,
+        "tokens": tokens,
+        "positions": positions,
+        "positions_padded": padded,
+        "times_fewer": padded / positions if positions else None,
     }
 
 

@@ -33,6 +33,7 @@ def lines(summary: Summary) -> dict[str, str]:
         "loss, first → last": ends,
         "evaluation loss, lowest": lowest,
         "unigram entropy": _number(loss["unigram_entropy"], ".4f"),
+        "tokens in positions": _work(summary.get("work")),
         "speed": "rehearsal: speed not measured" if summary.get("rehearsal") else _MISSING,
         "samples/s": _number(speed["samples_per_s"], ".4g"),
         "tokens/s/p": _number(speed["tokens_per_s_per_device"], ",.1f"),
@@ -70,6 +71,13 @@ def _rows(summaries: Mapping[str, Summary]) -> list[tuple[str, ...]]:
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
     return _MISSING if value is None else f"{value:{form}}{unit}"
+
+
+def _work(work: Mapping[str, Any] | None) -> str:
+    if work is None:
+        return _MISSING
+    fewer = f"{work['times_fewer']:.1f} times fewer than {work['positions_padded']:,} padded"
+    return f"{work['tokens']:,} in {work['positions']:,}, {fewer}"
 
 
 def _identities(checks: Mapping[str, bool | None]) -> str:

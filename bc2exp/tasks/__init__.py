@@ -19,10 +19,26 @@ def get_task(name: str) -> Task:
         from bc2exp.tasks.pretrain import pretrain
 
         return pretrain
+    if name == "finetune":
+        from bc2exp.tasks.finetune import finetune
+
+        return finetune
+    if name == "convert":
+        from bc2exp.tasks.convert import convert
+
+        return convert
     if name == "doctor":
         from bc2exp.tasks.doctor import doctor
 
         return doctor
+    if name == "evaluate":
+        from bc2exp.tasks.evaluate import evaluate
+
+        return evaluate
+    if name == "generate":
+        from bc2exp.tasks.generate import generate
+
+        return generate
     if name == "plan":
         from bc2exp.tasks.plan import plan
 

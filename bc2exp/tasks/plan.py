@@ -55,6 +55,8 @@ def plan(config: Config, folder: Path, world: World, journal: Journal | NullJour
         "peak_name": config.hardware.peak_name,
         "assumptions": [
             "memory on the rank that needs most, every position labelled, documents not separated",
+            "not in it, as it is the host's: checkpoints written beside the training (task.save_beside) keep "
+            f"a copy of {(own.memory.parameters + own.memory.optimizer) / 2**30:.2f} GiB a rank",
             *(
                 assumptions(rates, config.hardware.num_devices)
                 if rates

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,19 @@ from bc2exp.config.errors import UserError
 from bc2exp.config.root import Config
 from bc2exp.config.text_files import find_store
 from bc2exp.data import prepare as preparation
-from bc2exp.data.building import Progress
 from bc2exp.data.quarantine import Limits
 from bc2exp.data.sources import find_source
 from bc2exp.data.store import TokenStore
 from bc2exp.data.tokens import TokenStream
+from bc2exp.hardware.phase import DATA, phase
 from bc2exp.parallel.world import World
 from bc2exp.storage import atomic
 from bc2exp.tasks import build
+from bc2exp.tasks.telling import Told
 from bc2exp.text.tokenizer import Tokenizer, find_tokenizer
 from bc2exp.tracking.journal import Journal, NullJournal
 
 PARTS = ("train", "held_out", "test")
-_SECONDS_BETWEEN_RECORDS = 0.5
 
 
 def prepare(config: Config, folder: Path, world: World, journal: Journal | NullJournal) -> str:
@@ -52,6 +51,7 @@ def prepare(config: Config, folder: Path, world: World, journal: Journal | NullJ
     return "done"
 
 
+@phase(DATA)
 def open_store(
     data: DatasetConfig, tokenizer: Tokenizer, journal: Journal | NullJournal
 ) -> tuple[TokenStore, dict[str, Any]]:
@@ -85,7 +85,7 @@ def open_store(
         append_eos=data.append_eos,
         workers=data.workers or len(os.sched_getaffinity(0)),
         limits=Limits(data.max_bad_rows, data.max_bad_fraction),
-        progress=Told(journal),
+        progress=Told(journal, "preparing"),
     )
     bad = prepared.report["bad"]
     if bad:
@@ -113,17 +113,3 @@ def described(data: DatasetConfig, tokenizer: Tokenizer, streams: dict[str, Toke
         "unigram_entropy": train.unigram_entropy(),
         "tokenizer": tokenizer.digest,
     }
-
-
-class Told:
-    """Tells the journal how far a preparation has come, a few times a second at most."""
-
-    def __init__(self, journal: Journal | NullJournal) -> None:
-        self._journal = journal
-        self._last = 0.0
-        self._stage = ""
-
-    def __call__(self, progress: Progress) -> None:
-        if progress.stage != self._stage or time.monotonic() - self._last >= _SECONDS_BETWEEN_RECORDS:
-            self._last, self._stage = time.monotonic(), progress.stage
-            self._journal.event("preparing", **progress._asdict())

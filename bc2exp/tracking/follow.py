@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+from bc2exp.config.secrets import hide
 from bc2exp.tracking import runs
 from bc2exp.tracking.replay import Connect, Replay
 
@@ -81,8 +82,12 @@ def follow(folder: Path, connect: Connect, patience: float, parent: Parent) -> i
 
 
 def sync(folders: Iterable[Path], connect: Connect, patience: float, uri: str | None = None) -> int:
-    """Replay runs that are over, into `uri` where it is given; return the worst exit code."""
+    """Replay runs that are over, into `uri` where it is given; return the worst exit code.
+
+    A tracker that was waited for in vain is asked once for each of the others, and not waited for again.
+    """
     worst = DONE
+    away: set[str] = set()
     for folder in folders:
         run = _load(folder)
         if run is not None and run.owned:
@@ -93,7 +98,10 @@ def sync(folders: Iterable[Path], connect: Connect, patience: float, uri: str | 
             continue
         if uri is not None and uri != run.uri:
             run = replace(run, uri=uri, artifact_location=None)
-        worst = max(worst, _finish(run, None, connect, patience, orphaned=False))
+        code = _finish(run, None, connect, 0.0 if run.uri in away else patience, orphaned=False)
+        if code == UNREACHED:
+            away.add(run.uri)
+        worst = max(worst, code)
     return worst
 
 
@@ -156,8 +164,12 @@ def _unreached(run: runs.Run, error: Exception) -> str:
 def _reason(error: Exception) -> str:
     text = str(error).strip()
     first = text.splitlines()[0] if text else ""
+    # A client of HTTP tells at length what it asked; why it got no answer comes last.
+    _, found, cause = first.rpartition("(Caused by ")
+    if found:
+        return textwrap.shorten(cause.removesuffix(")"), 200, placeholder=" …")
     return textwrap.shorten(f"{type(error).__name__}: {first}", 200, placeholder=" …")
 
 
 def _say(text: str) -> None:
-    print(f"bc2exp: {text}", file=sys.stderr, flush=True)
+    print(f"bc2exp: {hide(text)}", file=sys.stderr, flush=True)

@@ -1,7 +1,8 @@
-"""MLflow as the tracker of a run: the only module that knows it.
+"""MLflow as the tracker of a run. It and the modules that it names know MLflow, and no other does.
 
     python -m bc2exp.tracking.mlflow RUN_FOLDER           follow a run; stdin is a pipe from its parent
     python -m bc2exp.tracking.mlflow --sync RUN_FOLDER…   record runs that are over
+    python -m bc2exp.tracking.mlflow --find RUN… --uri …  print what it holds of runs, by id or name, as JSON
 
 The follower ends when the parent writes "close" and a newline, or dies (the pipe ends). Its exit codes are in
 `bc2exp.tracking.follow`.
@@ -15,13 +16,13 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlparse
 
 # The import of mlflow below takes seconds. A terminal's Ctrl-C reaches the whole group of processes; the
 # follower must live through it, because it is the parent that decides when a run is over.
-if __name__ == "__main__" and "--sync" not in sys.argv:
+if __name__ == "__main__" and not {"--sync", "--find"} & set(sys.argv):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
@@ -34,10 +35,14 @@ os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.entities import Run as MlflowRun
-from mlflow.exceptions import MlflowException
 
+from bc2exp.config.secrets import hiding, whole
 from bc2exp.storage import lock
 from bc2exp.tracking import follow, runs
+from bc2exp.tracking.checkpoints import Checkpoint
+from bc2exp.tracking.logged_models import LoggedModels
+from bc2exp.tracking.mlflow_find import print_found
+from bc2exp.tracking.mlflow_runs import adopt_jobs, begin_run, find_run, open_experiment, parent_of
 from bc2exp.tracking.replay import Point
 
 _METRICS_A_CALL = 1000
@@ -56,11 +61,26 @@ _ARTIFACTS = (
     "loss.png",
     "report.json",
     "plan.json",
+    "conversion.json",
     "doctor.json",
+    "rehearsal.json",
+    "compare.json",
+    "compare.html",
+    "loss_overlay.png",
+    "loss_error.png",
+    "sweep.json",
+    "sweep.png",
+    "ledger.jsonl",
+    "evaluation.json",
+    "predictions.csv",
+    "confusion.png",
+    "answers.jsonl",
     "lengths.png",
     "metrics.jsonl",
     "differences.jsonl",
 )
+_TABLES = ("predictions.json",)
+"""Files that MLflow shows as tables: {"columns": [...], "data": [[...], ...]}."""
 
 
 class MlflowRecord:
@@ -70,6 +90,7 @@ class MlflowRecord:
         self._client = client
         self._run = run
         self._id = found.info.run_id
+        self._models = LoggedModels(client, run, found.info.experiment_id, self._id)
         self._experiment = found.info.experiment_id
         self._status = found.info.status
         self._logged = {
@@ -111,6 +132,12 @@ class MlflowRecord:
         context = InputTag("mlflow.data.context", str(record.get("split", "train")))
         self._client.log_inputs(self._id, datasets=[DatasetInput(dataset, [context])])
 
+    def checkpoints(self, checkpoints: list[tuple[Checkpoint, list[Point]]]) -> None:
+        """Record checkpoints as logged models, which are not uploaded."""
+        self._models.record(checkpoints)
+        if not self._models.supported:
+            self.tags({"bc2exp.checkpoints": "not recorded: this server has no logged models"})
+
     def tags(self, tags: dict[str, str]) -> None:
         """Set tags of the run."""
         pairs = [RunTag(name, value[:_MAX_TAG]) for name, value in tags.items()]
@@ -134,6 +161,12 @@ class MlflowRecord:
         for name in _ARTIFACTS:
             if (path := self._run.folder / name).is_file():
                 self._client.log_artifact(self._id, str(path))
+        tables = [name for name in _TABLES if (self._run.folder / name).is_file()]
+        for name in tables:
+            self._client.log_artifact(self._id, str(self._run.folder / name))
+        if tables:  # this is how log_table marks them, which would add the rows again at every replay
+            logged = [{"path": name, "type": "table"} for name in tables]
+            self.tags({"mlflow.loggedArtifacts": json.dumps(logged)})
 
     def reopen(self) -> None:
         """Say that the run goes on."""
@@ -143,6 +176,9 @@ class MlflowRecord:
 
     def end(self, status: str, time: float) -> None:
         """Close the run with `status`, at Unix time `time`."""
+        find_run(self._client, self._experiment, self._run.id)  # a late request may have begun it again
+        self.tags(parent_of(self._client, self._experiment, self._run))
+        adopt_jobs(self._client, self._id, self._run)
         self._client.set_terminated(self._id, status, end_time=round(1000 * time))
         self._status = status
 
@@ -155,63 +191,26 @@ def connect(run: runs.Run, live: bool) -> MlflowRecord:
     """
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    database = _database(run.uri)
+    database = runs.database(run.uri)
     if database is None:
-        client = MlflowClient(tracking_uri=run.uri)
-        experiment = _experiment(client, run, run.artifact_location)
+        client = MlflowClient(tracking_uri=whole(run.uri))
+        experiment = open_experiment(client, run, run.artifact_location)
     else:
         location = run.artifact_location or str(database.parent / "mlartifacts" / run.experiment)
         database.parent.mkdir(parents=True, exist_ok=True)
         # Two runs that start together must not both create the tables.
         with lock.hold(database.with_name(database.name + ".lock"), _CREATION_SECONDS):
-            client = MlflowClient(tracking_uri=run.uri)
-            experiment = _experiment(client, run, location)
-    found = _find(client, experiment, run.id) or _create(client, experiment, run)
+            client = MlflowClient(tracking_uri=whole(run.uri))
+            experiment = open_experiment(client, run, location)
+    found = find_run(client, experiment, run.id) or begin_run(client, experiment, run)
     record = MlflowRecord(client, run, found)
     if live:
         record.reopen()
     record.tags(_tags(run))
     record.parameters(runs.parameters(run), found.data.params)
-    record.artifacts()
+    with suppress(Exception):  # the numbers do without files, and the end tells what is wrong with them
+        record.artifacts()
     return record
-
-
-def _experiment(client: MlflowClient, run: runs.Run, location: str | None) -> str:
-    experiment = client.get_experiment_by_name(run.experiment)
-    if experiment is None:
-        if location is not None and urlparse(location).scheme in ("", "file"):
-            Path(unquote(urlparse(location).path)).mkdir(parents=True, exist_ok=True)
-        # The kind opens the experiment's page on its runs and not on traces of language-model calls.
-        kind = {"mlflow.experimentKind": "custom_model_development"}
-        try:
-            return client.create_experiment(run.experiment, artifact_location=location, tags=kind)
-        except MlflowException:  # on a server, another run may have been faster
-            experiment = client.get_experiment_by_name(run.experiment)
-            if experiment is None:
-                raise
-    if experiment.lifecycle_stage != "active":
-        number = experiment.experiment_id
-        raise follow.Refused(
-            f"its experiment {run.experiment!r} (id {number}) is deleted; restore it with "
-            f"`mlflow experiments restore -x {number}`, or choose another tracking.experiment"
-        )
-    return experiment.experiment_id
-
-
-def _find(client: MlflowClient, experiment: str, identity: str) -> MlflowRun | None:
-    found = client.search_runs([experiment], f"tags.`bc2exp.run` = '{identity}'", max_results=1)
-    return found[0] if found else None
-
-
-def _create(client: MlflowClient, experiment: str, run: runs.Run) -> MlflowRun:
-    # The tag goes in with the run itself: a kill between the two would make a second run at the next start.
-    tags = {"bc2exp.run": run.id}
-    if user := os.environ.get("USER"):
-        tags["mlflow.user"] = user
-    parent = run.tags.get("bc2exp.parent")
-    if parent is not None and (above := _find(client, experiment, parent)) is not None:
-        tags["mlflow.parentRunId"] = above.info.run_id
-    return client.create_run(experiment, round(1000 * run.created), tags, run.name)
 
 
 def _tags(run: runs.Run) -> dict[str, str]:
@@ -223,25 +222,25 @@ def _tags(run: runs.Run) -> dict[str, str]:
     }
 
 
-def _database(uri: str) -> Path | None:
-    """The file of an sqlite address; None for anything else."""
-    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Follow or sync, as the module says; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bc2exp.tracking.mlflow")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("runs", nargs="+", metavar="RUN_FOLDER")
     parser.add_argument("--sync", action="store_true", help="record runs that are over, and end")
     parser.add_argument("--patience", type=float, default=30.0, help="seconds to wait for the tracker")
+    parser.add_argument("--find", action="store_true", help="print what the tracker holds of runs, as JSON")
     parser.add_argument("--uri", help="with --sync: record in this tracker and not in the run's own")
     options = parser.parse_args(arguments)
+    if options.find:
+        return print_found(options.uri, options.runs)
+    folders = [Path(text) for text in options.runs]
     if options.sync:
-        return follow.sync(options.folders, connect, options.patience, options.uri)
-    if len(options.folders) > 1 or options.uri:
+        return follow.sync(folders, connect, options.patience, options.uri)
+    if len(folders) > 1 or options.uri:
         parser.error("following takes one run folder and no --uri")
-    return follow.follow(options.folders[0], connect, options.patience, follow.Parent())
+    return follow.follow(folders[0], connect, options.patience, follow.Parent())
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = hiding(sys.stdout), hiding(sys.stderr)
     sys.exit(main())

@@ -18,7 +18,10 @@ _STAGES = {
     "fingerprint": "looking at the files",
     "wait": "another process prepares them",
     "encode": "encoding",
+    "convert": "writing",
+    "verify": "comparing",
 }
+_LABELS = {"preparing": "data", "converting": "weights"}
 _PREPARING_LINES = 10
 
 
@@ -39,7 +42,7 @@ class Progress:
         self._time = 0.0
         self._next = 0
         self._unshown = False
-        # The preparation of data: its stage, where and when that began, the part of it shown next.
+        # Work on files: its stage, where and when that began, the part of it shown next.
         self._stage = ""
         self._since = (0, 0.0)
         self._next_part = 0.0
@@ -60,8 +63,10 @@ class Progress:
         """Show one record of the journal."""
         if "metrics" in record:
             self._metrics(record)
-        elif record["event"] == "preparing":
-            self._preparing(record)
+        elif record["event"] in ("preparing", "converting"):
+            self._working(record)
+        elif record["event"] == "progress":
+            self._part_done(record)
         elif text := self._event(record):
             self._show_unshown()
             self._say(text)
@@ -119,8 +124,9 @@ class Progress:
         pace = max(1, (self._step // 4 if self._total is None else self._total // self._lines))
         self._next = (self._step // pace + 1) * pace
 
-    def _preparing(self, record: dict[str, Any]) -> None:
-        """Text becoming tokens: bytes done of all, what they came to, and when the rest will be."""
+    def _working(self, record: dict[str, Any]) -> None:
+        """Text becoming tokens, or weights changing their layout: bytes done of all, what they came to, and
+        when the rest will be."""
         stage, done, of, now = (record[key] for key in ("stage", "bytes_done", "bytes_total", "time"))
         if self._stage != stage:
             self._stage, self._since, self._next_part = stage, (done, now), 0.0
@@ -132,12 +138,23 @@ class Progress:
         if seconds > 0 and new > 0:
             left = _duration((of - done) * seconds / new)
             fields += [f"{new / 1e6 / seconds:.2f} MB/s of files", f"{left} left"]
+        if stage in ("convert", "verify") and self._bar is not None:
+            fields.append(record["tensor"])
         text = "  ".join(fields)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=of, label="data", values=text)
+            self._bar.update(
+                self._task, completed=done, total=of, label=_LABELS[record["event"]], values=text
+            )
         elif part >= self._next_part and stage != "fingerprint":
             self._say(text)
             self._next_part = part + 1 / _PREPARING_LINES
+
+    def _part_done(self, record: dict[str, Any]) -> None:
+        """Work that is not counted in steps: so many of so many. Without a bar nothing, as lines stay."""
+        if self._bar is not None:
+            values = f"{record['done']:,}/{record['total']:,}"
+            label, total = record["label"], record["total"]
+            self._bar.update(self._task, completed=record["done"], total=total, label=label, values=values)
 
     def _fields(self, short: bool) -> list[str]:
         values = self._latest
@@ -168,7 +185,7 @@ class Progress:
                 self._bar.update(self._task, completed=0, total=self._total, label=self._label, values="")
             return f"resumed from step {record['step']}" if record["step"] else None
         if kind == "data":
-            sizes = {key: record.get(key) for key in ("documents", "tokens")}
+            sizes = {key: record.get(key) for key in ("rows", "documents", "tokens")}
             known = [f"{size:,} {key}" for key, size in sizes.items() if size is not None]
             if self._bar is not None:
                 self._bar.update(self._task, values=", ".join(known))

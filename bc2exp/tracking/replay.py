@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from bc2exp.storage import atomic, lock
 from bc2exp.tracking import runs
+from bc2exp.tracking.checkpoints import Checkpoint, CheckpointList
 from bc2exp.tracking.journal import Tail
 
 # Speed and memory differ from one execution to the next: no difference there says anything.
@@ -45,6 +46,10 @@ class Tracker(Protocol):
     def data(self, record: dict[str, Any]) -> None:
         """Record the data set that a "data" event of the journal describes, once."""
 
+    def checkpoints(self, checkpoints: list[tuple[Checkpoint, list[Point]]]) -> None:
+        """Record checkpoints, each with the values of its step; those recorded before are brought up to
+        date."""
+
     def tags(self, tags: dict[str, str]) -> None:
         """Set tags of the run."""
 
@@ -63,7 +68,7 @@ class FirstValues:
     """The first value of each (metric, step) of a journal, and the later ones that differ from it."""
 
     def __init__(self) -> None:
-        self._values: dict[tuple[str, int], float] = {}
+        self._points: dict[int, dict[str, Point]] = {}
         self.differences: list[dict[str, Any]] = []
 
     def take(self, records: Iterable[dict[str, Any]]) -> list[Point]:
@@ -72,15 +77,20 @@ class FirstValues:
         for record in records:
             for name, value in record.get("metrics", {}).items():
                 step = record["step"]
-                if (name, step) not in self._values:
-                    self._values[name, step] = value
-                    new.append(Point(name, step, value, record["time"]))
+                points = self._points.setdefault(step, {})
+                if name not in points:
+                    points[name] = Point(name, step, value, record["time"])
+                    new.append(points[name])
                     continue
-                first = self._values[name, step]
+                first = points[name].value
                 if not _same(first, value) and not name.startswith(_VARYING):
                     where = {"metric": name, "step": step, "segment": record["segment"]}
                     self.differences.append({**where, "first": first, "later": value})
         return new
+
+    def of_step(self, step: int) -> list[Point]:
+        """The values of a step."""
+        return list(self._points.get(step, {}).values())
 
 
 class Replay:
@@ -97,6 +107,7 @@ class Replay:
             self._tracker = connect(run, live)
             self._tail = Tail(run.journal)
             self._first = FirstValues()
+            self._checkpoints = CheckpointList()
             self._time = run.created
             self._describe()
         except BaseException:
@@ -114,18 +125,36 @@ class Replay:
                 self._tracker.data(record)
         if len(self._first.differences) > known:
             self._tracker.tags({"bc2exp.differences": str(len(self._first.differences))})
+        if self._checkpoints.take(records):
+            self._record_checkpoints()
         return len(records)
 
+    def _record_checkpoints(self) -> None:
+        there = self._checkpoints.now(self.run.folder)
+        if there:
+            self._tracker.checkpoints([(each, self._first.of_step(each.step)) for each in there])
+
     def finish(self) -> None:
-        """Record the rest, the files, and how the run ended. The status is the last thing written."""
+        """Record the rest, the files, and how the run ended.
+
+        Files have a store of their own, which may refuse them (it is another place, with other keys): the
+        numbers and the status are recorded all the same, before what it raised is.
+        """
         self.advance()
         if self._first.differences:
             lines = (json.dumps(_plain(each), ensure_ascii=False) for each in self._first.differences)
             atomic.write_text(self.run.folder / "differences.jsonl", "\n".join(lines) + "\n")
+        self._record_checkpoints()  # some of their folders may have gone since
         ending = runs.ending(self.run)
         self._tracker.tags({"resumable": str(ending.resumable).lower(), "bc2exp.reason": ending.reason})
-        self._tracker.artifacts()
+        refused: Exception | None = None
+        try:
+            self._tracker.artifacts()
+        except Exception as error:
+            refused = error
         self._tracker.end(ending.status, self._time)
+        if refused is not None:
+            raise refused
         self._describe()
 
     def close(self) -> None:

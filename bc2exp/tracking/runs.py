@@ -99,6 +99,11 @@ def ending(run: Run) -> Ending:
     return Ending("FAILED", run.has_checkpoint, reason)
 
 
+def database(uri: str) -> Path | None:
+    """The file of an sqlite address; None for anything else."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
 def allowed(name: str) -> str:
     """`name` as MLflow takes it for a metric or a parameter: other characters become "_", the end is cut."""
     return _FORBIDDEN.sub("_", name)[:_MAX_NAME]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bc2exp.data.batches import MicroBatch
+from bc2exp.hardware.phase import BETWEEN, EVALUATE, SAVE, TRAIN, phase
 from bc2exp.parallel.layout import Layout
 from bc2exp.parallel.shard import scale_gradients
 from bc2exp.parallel.world import World
 from bc2exp.tracking.journal import Journal, NullJournal
 from bc2exp.train import TrainingError
-from bc2exp.train.checkpoint import Checkpoints, Progress
+from bc2exp.train.checkpoint import Best, Checkpoints, Progress, Saved
 from bc2exp.train.optimizer import set_lr
 from bc2exp.train.throughput import Throughput
 
@@ -27,10 +29,12 @@ class Counts:
     Attributes:
         labels: labels that count.
         positions: positions of rows that hold a sample.
+        computed: all positions, padding included.
     """
 
     labels: int
     positions: int
+    computed: int
 
 
 @dataclass
@@ -47,6 +51,9 @@ class Trainer:
         clip_norm: highest global gradient norm; None: no clipping.
         log_every, eval_every, save_every: in steps; the last two may be None (only at the end).
         stop_file: a person's wish to stop; looked for between steps.
+        saves_beside: checkpoints are written while the training goes on; the last one never is.
+        keeps_best: the checkpoint with the lowest evaluation loss is kept.
+        best: which that is where the training begins.
     """
 
     layout: Layout
@@ -64,51 +71,73 @@ class Trainer:
     eval_every: int | None
     save_every: int | None
     stop_file: Path
+    saves_beside: bool = False
+    keeps_best: bool = False
+    best: Best | None = None
 
     @property
     def world(self) -> World:
         """The ranks of the run."""
         return self.layout.mesh.world
 
+    @phase(BETWEEN)
     def run(self, start: int) -> str:
         """Train from after step `start`; returns `done`, or `stopped` when the stop file appeared.
 
         A stop leaves a checkpoint of the last step done; so a run that has none does its first step.
-        Raises TrainingError on a loss or gradient norm that is not finite, before the weights change.
+        Raises TrainingError on a loss or gradient norm that is not finite, before the weights change, and
+        what the writing of a checkpoint raised.
         """
+        try:
+            return self._run(start)
+        except Exception:
+            # What is being written is of steps that were fine; its own fate matters less than the error.
+            with suppress(Exception):
+                self._await_saved()
+            raise
+
+    def _run(self, start: int) -> str:
         saved = start
         self.throughput.restart()
         for step in range(start + 1, self.steps + 1):
+            self._note_saved(self.checkpoints.finished())
             batch = self.batches(step - 1)
             counts, stop = self._agree(batch)
             if stop and step > 1:
                 if saved < step - 1:
                     self._save(step - 1)
+                self._await_saved()
                 return "stopped"
             lr = self.lr_at(step)
             set_lr(self.optimizer, lr)
-            loss, grad_norm = self._step(step, batch, counts)
-            self.throughput.count_step()
+            with phase(TRAIN, step):
+                loss, grad_norm = self._step(step, batch, counts)
+            if step == start + 1 and self.saves_beside and (self.save_every or self.keeps_best):
+                self.checkpoints.make_room(self.layout, self.optimizer)
+            self.throughput.count_step(counts.positions, counts.computed)
             last = step == self.steps
             if last or step % self.log_every == 0:
                 self._record(step, {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm})
+            better = False
             if last or (self.eval_every and step % self.eval_every == 0):
-                self._evaluate(step)
-            if last or (self.save_every and step % self.save_every == 0):
-                self._save(step)
+                better = self._evaluate(step)
+            if last or better or (self.save_every and step % self.save_every == 0):
+                self._save(step, beside=self.saves_beside and not last)
                 saved = step
+        self._await_saved()
         return "done"
 
     def _agree(self, batch: list[MicroBatch]) -> tuple[Counts, bool]:
         """The counts of the step over all ranks, and whether to stop before it. One exchange."""
-        labels = positions = 0
+        labels = positions = computed = 0
         if self.layout.mesh.speaks_for_samples:
             labels = sum(part.num_labels for part in batch)
             positions = sum(_num_positions(part) for part in batch)
+            computed = sum(part.input_ids.numel() for part in batch)
         stop = self.world.rank == 0 and self.stop_file.exists()
-        mine = torch.tensor([labels, positions, int(stop)], device=self.world.device)
-        labels, positions, stops = (int(count) for count in self.world.sum(mine).tolist())
-        return Counts(labels, positions), stops > 0
+        mine = torch.tensor([labels, positions, computed, int(stop)], device=self.world.device)
+        labels, positions, computed, stops = (int(count) for count in self.world.sum(mine).tolist())
+        return Counts(labels, positions, computed), stops > 0
 
     def _step(self, step: int, batch: list[MicroBatch], counts: Counts) -> tuple[float, float]:
         """One optimizer step: loss (mean over the labels of all ranks) and gradient norm before clipping."""
@@ -152,15 +181,41 @@ class Trainer:
             memory["mem/peak_allocated_gib"] = allocated / 2**30
         self.journal.metrics(step, {**values, **self.throughput.measure(), **memory})
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> bool:
+        """Whether the weights are now the best so far, and are to be kept as such."""
+        better = False
         if self.evaluation:
-            self.journal.metrics(step, {"eval/loss": evaluate(self.layout, self.evaluation)})
+            with phase(EVALUATE):
+                loss = evaluate(self.layout, self.evaluation)
+            self.journal.metrics(step, {"eval/loss": loss})
+            better = self.keeps_best and (loss < self.best.value if self.best else math.isfinite(loss))
+            if better:
+                self.best = Best(step, loss)
+        self.throughput.restart()
+        return better
+
+    @phase(SAVE)
+    def _save(self, step: int, *, beside: bool = False) -> None:
+        self._await_saved()
+        progress = Progress(step, step * self.global_batch, self.best)
+        self.checkpoints.save(self.layout, self.optimizer, progress, beside=beside)
+        if not beside:
+            self._await_saved()
         self.throughput.restart()
 
-    def _save(self, step: int) -> None:
-        path = self.checkpoints.save(self.layout, self.optimizer, Progress(step, step * self.global_batch))
-        self.journal.event("checkpoint", step=step, path=f"{path.parent.name}/{path.name}")
-        self.throughput.restart()
+    @phase(SAVE)
+    def _await_saved(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._note_saved(self.checkpoints.finished(wait=True))
+
+    def _note_saved(self, saved: Saved | None) -> None:
+        """Record a checkpoint that has been finished."""
+        if saved is None:
+            return
+        path = f"{saved.path.parent.name}/{saved.path.name}"
+        best = self.best is not None and self.best.step == saved.step
+        removed = [old.name for old in saved.removed]
+        self.journal.event("checkpoint", step=saved.step, path=path, best=best, removed=removed)
 
 
 def _num_positions(part: MicroBatch) -> int:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.weights.folders import weights_for_the_door
+
 Checked = Callable[..., list[str]]
 TEXT = {"dataset.path": "a.txt"}
+CONVERT = ("task=convert", {"task.source": "weights", "task.target": "new/target"})
+OWN_SHAPE = {"model.hidden_size": 32, "model.intermediate_size": 64, "model.num_heads": 4}
 
 
 @pytest.fixture
@@ -31,6 +37,12 @@ def files(tmp_path: Path) -> Path:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / content).write_text("{}")
     (tmp_path / "weights" / "tokenizer.model").write_text("x")
+    weights_for_the_door(tmp_path / "weights")
+    weights_for_the_door(tmp_path / "weights_13b", position="alibi")
+    (tmp_path / "shards" / "mp_rank_00").mkdir(parents=True)
+    shutil.copytree(tmp_path / "weights", tmp_path / "led_out")
+    index = {"weight_map": {"lm_head.weight": "../weights/a.safetensors"}}
+    (tmp_path / "led_out" / "model.safetensors.index.json").write_text(json.dumps(index))
     return tmp_path
 
 
@@ -211,7 +223,49 @@ def files(tmp_path: Path) -> Path:
             "own.model; Baichuan2",
         ),
         ((), {"model.weights": "weigths"}, "model.weights=weigths: no such folder", "/weights"),
-        ((), {"model.weights": "pickled"}, "model.weights=pickled: holds no .safetensors", "convert them"),
+        ((), {"model.weights": "pickled"}, "model.weights=pickled: holds no weights", "pytorch_model*.bin"),
+        (
+            (),
+            {"model.weights": "weights", **OWN_SHAPE, "model.intermediate_size": 688, "model.num_layers": 3},
+            "model.weights=weights: is not of model=tiny_7b: intermediate_size is 64 in the folder, "
+            "model.intermediate_size is 688; num_hidden_layers is 2 in the folder",
+            "model.num_layers is 3",
+        ),
+        ((), {"model.weights": "led_out"}, "names a file outside of itself", "'../weights/a.safetensors'"),
+        # a conversion
+        (CONVERT, {"task.source": None}, "task.source: no value", "task.source=FOLDER"),
+        (CONVERT, {"task.target": None}, "task.target: no value", "task.target=FOLDER"),
+        (CONVERT, {"task.source": "weigths"}, "task.source=weigths: no such folder", "/weights"),
+        (CONVERT, {"task.source": "数据"}, "task.source=数据: holds no weights", "mp_rank_XX"),
+        (CONVERT, {"task.source": "led_out"}, "names a file outside of itself", "'../weights/a.safetensors'"),
+        (CONVERT, {"task.target": "run"}, "task.target=run: exists already", "name another"),
+        (CONVERT, {"task.target": "weights/x"}, "task.target=weights/x: lies inside task.source", "beside"),
+        (CONVERT, {"task.target": "a.txt/x"}, "task.target=a.txt/x: ", "is no folder that can be written to"),
+        (CONVERT, {"task.tensor": 2}, "task.tensor=2: belongs to task.format=megatron", "leave the key out"),
+        (
+            CONVERT,
+            {"task.format": "megatron", "task.tensor": 8, "task.vocab_divisible_by": 1},
+            "task.tensor=8: does not divide num_heads=4",
+            "of the source",
+        ),
+        (
+            CONVERT,
+            {"task.format": "megatron", "task.pipeline": 4},
+            "task.pipeline=4: does not divide num_layers=2",
+            "of the source",
+        ),
+        (
+            CONVERT,
+            {"task.format": "megatron", "task.vocab_divisible_by": 1000},
+            "task.vocab_divisible_by=1000: pads the 256 rows of the vocabulary to 1000",
+            "less would do",
+        ),
+        (
+            CONVERT,
+            {"task.source": "weights_13b", "task.format": "llama"},
+            "task.format=llama: the source is of the 13B kind",
+            "task.format=hf or megatron",
+        ),
         # names, tracker
         ((), {"task.name": "sync"}, "task.name=sync: names the code that runs", "task=..."),
         ((), {"model.name": "a/b"}, "model.name=a/b: becomes part of a folder's name", "letters, digits"),
@@ -225,7 +279,12 @@ def files(tmp_path: Path) -> Path:
     ],
 )
 def test_a_broken_relation_names_value_and_remedy(
-    checked: Checked, files: Path, groups: tuple[str, ...], values: dict[str, object], key: str, remedy: str
+    checked: Checked,
+    files: Path,
+    groups: tuple[str | dict[str, object], ...],
+    values: dict[str, object],
+    key: str,
+    remedy: str,
 ) -> None:
     (problem,) = checked(*groups, values)
     assert key in problem
@@ -264,7 +323,15 @@ def test_a_broken_relation_names_value_and_remedy(
         ((), {"dataset.split": [1, 0, 0]}),
         ((), {"model.tokenizer": "weights"}),
         ((), {"model.tokenizer": "own.model"}),
-        ((), {"model.weights": "weights"}),
+        ((), {"model.weights": "weights", **OWN_SHAPE}),
+        ((), {"model.weights": "shards"}),
+        (CONVERT, {}),
+        (CONVERT, {"task.format": "llama", "task.dtype": "fp16"}),
+        (
+            CONVERT,
+            {"task.format": "megatron", "task.tensor": 4, "task.pipeline": 2, "task.vocab_divisible_by": 64},
+        ),
+        (CONVERT, {"task.source": "shards", "task.format": "megatron", "task.tensor": 8}),
         ((), {"model.name": "百川-2.7b"}),
         ((), {"tracking.uri": "sqlite:///x.db"}),
         ((), {"tracking.uri": "http://host:5000"}),
@@ -274,7 +341,7 @@ def test_a_broken_relation_names_value_and_remedy(
     ],
 )
 def test_a_right_relation_is_not_spoken_of(
-    checked: Checked, files: Path, groups: tuple[str, ...], values: dict[str, object]
+    checked: Checked, files: Path, groups: tuple[str | dict[str, object], ...], values: dict[str, object]
 ) -> None:
     assert checked(*groups, values) == []
 
@@ -328,7 +395,7 @@ def test_a_file_that_may_not_be_read(checked: Checked, files: Path, monkeypatch:
     ],
 )
 def test_the_nearest_choice_is_one_that_is_not_refused(
-    checked: Checked, groups: tuple[str, ...], values: dict[str, object]
+    checked: Checked, groups: tuple[str | dict[str, object], ...], values: dict[str, object]
 ) -> None:
     (problem,) = checked(*groups, values)
     words = problem.partition("nearest choice: ")[2].split()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from bc2exp.config.preflight import Preflight, preflight
 from bc2exp.config.root import GROUPS
 from bc2exp.config.roots import data_root
+from bc2exp.embedded import REVIEWS
+from tests.weights.folders import weights_for_the_door
 
 CONF = data_root() / "conf"
 FILES = sorted((file.parent.name, file.stem) for file in CONF.glob("*/*.yaml"))
@@ -18,8 +21,15 @@ EXPERIMENTS = [
     ("experiments", f"{file.parent.name}/{file.stem}")
     for file in (data_root() / "experiments").glob("*/*.yaml")
 ]
+SITE = TemporaryDirectory()
 HARDWARE = [name for group, name in FILES if group == "hardware"]
-NEEDED = {"text": ["dataset.path=mine.txt"], "alpaca": ["dataset.path=mine.txt"]}
+NEEDED = {
+    name: ["dataset.path=mine.txt"]
+    for name in ("text", "alpaca", "waimai_10k", "classification", "instruction", "conversation")
+}
+NEEDED |= {f"modelzoo_waimai/{name}": [f"dataset.path={REVIEWS}"] for name in ("recipe", "cpu_study")}
+NEEDED["compare"] = ["task.a=mine.txt", "task.b=mine.txt"]
+NEEDED["convert"] = [f"task.source={weights_for_the_door(Path(SITE.name) / 'weights')}", "task.target=target"]
 """What a user has to name with a choice, as no file can."""
 DEVICES = {
     "hsdp": 4,
@@ -199,8 +209,8 @@ def test_a_users_own_files_are_found(workplace: Path) -> None:
     assert (job.dataset.name, job.dataset.source.name, job.seed) == ("mine", "file", 7)
     (job,) = run(workplace, "dataset=外卖", "experiments=学习率/a").jobs
     assert (job.dataset.name, job.seed) == ("外卖", 8)
-    assert len(run(workplace, "dataset=mine,外卖", "experiments=glob(*)", sweep=True).jobs) == 4
-    assert "there are study/a, 学习率/a" in run(workplace, "experiments=nope/x").problems[0]
+    assert len(run(workplace, "dataset=mine,外卖", "experiments=glob(*/a)", sweep=True).jobs) == 4
+    assert ", study/a, 学习率/a" in run(workplace, "experiments=nope/x").problems[0]
     assert "write experiments=study/a" in run(workplace, "study/a").problems[0]
 
 
@@ -237,11 +247,15 @@ BROKEN = [
     (
         "dataset/mine.yaml",
         "defaults: [nope, _self_]\n",
-        ["asks for dataset=nope", "there are alpaca, embedded"],
+        ["asks for dataset=nope", "there are alpaca, classification"],
     ),
     ("dataset/mine.yaml", "- a\n", ["dataset/mine"]),
     ("dataset/mine.yaml", "defaults: 3\n", ["dataset=mine: Invalid defaults list"]),
-    ("task/mine.yaml", "steps: 3\n", ["task.steps: belongs to task=pretrain; name it in the defaults"]),
+    (
+        "task/mine.yaml",
+        "steps: 3\n",
+        ["task.steps: belongs to task=finetune,pretrain; name it in the defaults"],
+    ),
     ("experiments/s/a.yaml", HEAD + "task:\n  optimiser:\n    lr: 1\n", ["task.optimiser", "task.optimizer"]),
     ("experiments/s/a.yaml", "seed: 1\n", ["its first line must be `# @package _global_`"]),
     (

@@ -10,7 +10,11 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from bc2exp.config.checks import leaves
+from bc2exp.config.compare import CompareConfig
+from bc2exp.config.convert import ConvertConfig, Format
+from bc2exp.config.evaluate import EvaluateConfig
 from bc2exp.config.fields import field_of
+from bc2exp.config.generate import GenerateConfig, Prompting
 from bc2exp.config.load import digest, finalize, read
 from bc2exp.config.model import ModelConfig, Position, Schedule
 from bc2exp.config.overrides import assign
@@ -123,7 +127,8 @@ def test_any_number_changes_the_digest(composed: Composed, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("task", TASKS)
 def test_resolved_yaml_reads_back_typed(task: str, composed: Composed, tmp_path: Path) -> None:
-    config = composed(f"task={task}", "hardware=2cpu")
+    required = ("task.a=x", "task.b=y") if task == "compare" else ()
+    config = composed(f"task={task}", "hardware=2cpu", *required)
     texts = {"tracking__run_name": "1e3", "tracking__experiment": "null ", "model__name": "007"}
     plain = final(config, tmp_path, **texts, tracking__uri="你好,世界: #1", seed=2**63 - 1)
     file = tmp_path / "resolved.yaml"
@@ -144,5 +149,13 @@ def test_resolved_yaml_reads_back_typed(task: str, composed: Composed, tmp_path:
         assert typed.task.micro_batch == 1
     elif isinstance(typed.task, PlanConfig):
         assert typed.task.global_batch == 8
+    elif isinstance(typed.task, CompareConfig):
+        assert (typed.task.a, typed.task.about_b.log_every, typed.task.tolerances.loss) == ("x", 1, 0.02)
+    elif isinstance(typed.task, ConvertConfig):
+        assert typed.task.format is Format.hf
+    elif isinstance(typed.task, GenerateConfig):
+        assert typed.task.format is Prompting.chat
+    elif isinstance(typed.task, EvaluateConfig):
+        assert typed.task.models is None
     else:
         assert task == "prepare"

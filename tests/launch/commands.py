@@ -41,10 +41,32 @@ from bc2exp.train.trainer import Trainer
 record = Trainer._record
 def held(self, step, values):
     record(self, step, values)
+    if step == {step} and RANK == 0:  # what is written beside the training is to be there
+        if self.checkpoints._saving is not None:
+            self.checkpoints._saving.result()
+        pathlib.Path(ASIDE, "saved-{step}").touch()
     if step == {step} and RANK == {rank}:
+        while not pathlib.Path(ASIDE, "saved-{step}").exists():
+            time.sleep(0.01)
         pathlib.Path(ASIDE, "held-{step}").touch()
         while not {condition}:
             time.sleep(0.01)
+Trainer._record = held
+"""
+
+
+_GATES = """
+import pathlib, time
+from bc2exp.train.trainer import Trainer
+record = Trainer._record
+def held(self, step, values):
+    record(self, step, values)
+    if step in {steps} and RANK == 0:
+        pathlib.Path(ASIDE, "held-%d" % step).touch()
+        while not pathlib.Path(ASIDE, "go-%d" % step).exists():
+            time.sleep(0.01)
+        pathlib.Path(ASIDE, "held-%d" % step).unlink()
+        pathlib.Path(ASIDE, "go-%d" % step).unlink()
 Trainer._record = held
 """
 
@@ -54,9 +76,29 @@ def hold(step: int, rank: int = 0) -> str:
     return _AFTER_A_RECORD.format(step=step, rank=rank, condition="False")
 
 
+def gates(*steps: int) -> str:
+    """To inject: rank 0 comes to a stand after it has recorded each of these steps, until `Launch.go`."""
+    return _GATES.format(steps=steps)
+
+
 def hold_until_stop(step: int) -> str:
     """To inject: rank 0 goes on after it has recorded a step only when the stop file is there."""
     return _AFTER_A_RECORD.format(step=step, rank=0, condition="self.stop_file.exists()")
+
+
+HOLD_A_SAVE = """
+import pathlib, time
+from bc2exp.storage import atomic
+publish = atomic.publish_folder
+def held(temporary, final):
+    if pathlib.Path(final).name.startswith("step-"):
+        pathlib.Path(ASIDE, "held-save").touch()
+        while not pathlib.Path(ASIDE, "go").exists():
+            time.sleep(0.01)
+    publish(temporary, final)
+atomic.publish_folder = held
+"""
+"""To inject: a save takes as long as it takes until the file `go` is there."""
 
 
 def like_a_shell() -> None:
@@ -108,6 +150,15 @@ class Command:
         """What a terminal does: the signal goes to the whole group of the command."""
         os.killpg(self.process.pid, signal.SIGINT)
 
+    def all_processes(self) -> list[int]:
+        """The command and everything that it started."""
+        return [self.process.pid, *processes(f"{self.launch}/runs")]
+
+    def tell_all(self, number: int) -> None:
+        """What a batch system does: the signal goes to every process of the command."""
+        for pid in self.all_processes():
+            os.kill(pid, number)
+
     def kill_parent(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -129,7 +180,7 @@ class Command:
 
     def kill_all(self) -> None:
         """kill -9 of the parent and everything that it started, before any of them can notice the others'."""
-        pids = [self.process.pid, *processes(f"{self.launch}/runs")]
+        pids = self.all_processes()
         for number in (signal.SIGSTOP, signal.SIGKILL):
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
@@ -192,14 +243,18 @@ class Launch:
         assert command.wait() == code, f"{command.out}\n{command.err}"
         return command
 
-    def held(self, step: int, command: Command) -> None:
-        """Wait until a rank of the command is held after a step."""
+    def held(self, at: int | str, command: Command) -> None:
+        """Wait until a rank of the command is held after a step, or in a save."""
 
         def there() -> bool:
-            assert command.process.poll() is None, f"ended before step {step}\n{command.out}\n{command.err}"
-            return (self.aside / f"held-{step}").exists()
+            assert command.process.poll() is None, f"ended before {at}\n{command.out}\n{command.err}"
+            return (self.aside / f"held-{at}").exists()
 
-        wait_for(there, f"step {step}")
+        wait_for(there, f"held at {at}")
+
+    def go(self, step: int) -> None:
+        """Let the rank that stands at one of its `gates` go on."""
+        (self.aside / f"go-{step}").touch()
 
     def rank(self, number: int) -> int:
         """The process of a rank."""

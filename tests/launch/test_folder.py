@@ -149,9 +149,9 @@ def test_a_named_run_goes_on_even_finished_but_not_while_it_runs(take):
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("model.num_layers", 3, "model.num_layers=2, this configuration 3"),
-        ("model.position", "alibi", "model.position=rope, this configuration alibi"),
-        ("task.name", "finetune", "task.name=pretrain, this configuration finetune"),
+        ("model.num_layers", 3, "model.num_layers=2 (here 3)"),
+        ("model.position", "alibi", "model.position=rope (here alibi)"),
+        ("task.name", "finetune", "task.name=pretrain (here finetune)"),
     ],
 )
 def test_a_named_run_of_another_model_or_task_is_refused(take, key, value, said):
@@ -160,6 +160,32 @@ def test_a_named_run_of_another_model_or_task_is_refused(take, key, value, said)
     with pytest.raises(UserError) as error:
         take(resume=str(first.path), **{key: value})
     assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("seed", 43, "seed=42 (here 43)"),
+        ("task.global_batch", 16, "task.global_batch=8 (here 16)"),
+        ("model.tokenizer", "/other.model", "model.tokenizer=null (here /other.model)"),
+        ("dataset.sequence_length", 64, "dataset.sequence_length=32 (here 64)"),
+        ("dataset.path", "/other.txt", "dataset.path=null (here /other.txt)"),
+    ],
+)
+def test_a_named_run_of_other_samples_needs_a_word_of_its_own(take, key, value, said):
+    first = take()
+    end(first, "stopped")
+    with pytest.raises(UserError) as error:
+        take(resume=str(first.path), **{key: value})
+    assert f"that run has {said}; with other samples" in str(error.value)
+    assert take(resume=str(first.path), **{key: value, "task.accept_changes": True}).resumed
+
+
+def test_what_no_sample_depends_on_may_change(take):
+    first = take()
+    end(first, "stopped")
+    changes = {"task.optimizer.lr": 0.5, "task.micro_batch": 2, "hardware.precision": "fp32"}
+    assert take(resume=str(first.path), **changes, **{"dataset.workers": 3}).resumed
 
 
 def test_a_chosen_folder_is_made(take, tmp_path):
@@ -182,7 +208,12 @@ def test_a_run_in_a_chosen_folder_outside_runs_is_not_found_without_it(take, tmp
 
 REFUSALS = {
     "finished": ({}, "auto", "done", "this run is finished"),
-    "of another configuration": ({"seed": 2}, "auto", None, "holds a run of another configuration"),
+    "of another configuration": (
+        {"seed": 2},
+        "auto",
+        None,
+        "of another configuration, with seed=42 (here 2); ",
+    ),
     "never": ({}, "never", None, "holds a run, and task.resume=never"),
 }
 

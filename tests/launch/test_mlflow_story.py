@@ -11,6 +11,8 @@ import pytest
 from bc2exp.tracking import mlflow as tracker
 from tests.launch.commands import STEPS, hold, hold_until_stop, identity, values, wait_for
 
+pytestmark = pytest.mark.slow  # seven trainings, two of them killed
+
 TRACKED = ("tracking.enabled=true",)
 KILLED = (*STEPS, *TRACKED, "seed=1")
 WHOLE = (

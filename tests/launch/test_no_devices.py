@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 from bc2exp.config.errors import UserError
+from bc2exp.config.load import finalize
+from bc2exp.config.nodes import find_nodes
 from bc2exp.config.preflight import preflight
 from bc2exp.hardware import npu_environment, probe
 from bc2exp.hardware.rehearsal import build, record
+from bc2exp.launch import machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,6 +68,32 @@ def test_a_rehearsal_without_torch_npu(tmp_path):
     assert "hardware.rehearsal=true: torch_npu is not installed" in done.stderr
     assert done.stdout == "[]\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "gib"),
+    [
+        (("task=pretrain", "model=baichuan2_7b"), 112),
+        (("task=pretrain", "model=baichuan2_13b"), 207),
+        (("task=pretrain", "model=baichuan2_7b", "parallelism=ddp"), 895),
+        (("task=doctor", "model=baichuan2_7b"), 21),  # two layers of 32
+        (("task=pretrain", "model=tiny_7b"), None),
+    ],
+)
+def test_a_rehearsal_that_this_machine_has_no_room_for(tmp_path, monkeypatch, words, gib):
+    monkeypatch.setattr(machine.rehearsal, "prepare", lambda: None)
+    monkeypatch.setattr(machine, "host_memory_bytes", lambda: 20 * 2**30)
+    checked = preflight(["hardware=8npu", "hardware.rehearsal=true", *words], sweep=False, folder=tmp_path)
+    assert checked.problems == []
+    plain = finalize(checked.jobs[0], tmp_path)
+    if gib is None:
+        machine.require(plain, find_nodes(plain))
+        return
+    with pytest.raises(UserError) as error:
+        machine.require(plain, find_nodes(plain))
+    model = "tiny_13b" if "13b" in plain["model"]["name"] else "tiny_7b"
+    assert f"{plain['model']['name']} take {gib} GiB, and this machine has 20; " in str(error.value)
+    assert str(error.value).endswith(f"rehearse model={model}, which makes the same calls")
 
 
 @pytest.fixture

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from bc2exp.tracking import mlflow as tracker
+
+pytestmark = pytest.mark.slow  # plans of the 7B by the whole command
 
 
 def plan(launch, *words, code=0):

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +19,7 @@ from bc2exp.launch.ranks import Failure, Ranks
 from bc2exp.launch.run import DONE, FAILED, STOPPED, WRONG, conclude
 from bc2exp.tracking.journal import Journal, outcome
 
+KEEPING = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=67108864"
 TORCHRUN = """\
 W1121 21:53:13.506000 10440 api.py:1028] Sending process {told} closing signal SIGTERM
 E1121 21:53:13.514000 10440 api.py:1002] failed (exitcode: 1)
@@ -161,8 +166,33 @@ def test_a_killed_torchrun_of_several_machines_is_told_with_its_machine(remains,
 
 
 def test_what_suits_them():
-    assert rank_environment("cpu", 1) == {"OMP_WAIT_POLICY": "PASSIVE"}
-    assert rank_environment("cpu", 8) == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
+    common = {"OMP_WAIT_POLICY": "PASSIVE", "GLIBC_TUNABLES": KEEPING}
+    assert rank_environment("cpu", 1, environment={}) == common
+    assert rank_environment("cpu", 8, environment={}) == {**common, "OMP_NUM_THREADS": "1"}
+
+
+def test_memory_that_is_freed_stays_with_the_process():
+    """What the C library makes of the words; others than glibc have nothing of the kind."""
+    program = """if True:
+        import ctypes, mmap, resource
+        malloc, free = (getattr(ctypes.CDLL(None), name) for name in ("malloc", "free"))
+        malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+        for _ in range(20):
+            block = malloc(2**25)
+            ctypes.memset(block, 1, 2**25)
+            free(block)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    """
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("needs glibc")
+
+    def faults(tunables: str) -> int:
+        environment = {**os.environ, "GLIBC_TUNABLES": tunables}
+        command = [sys.executable, "-c", program]
+        return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
+
+    kept, given_back = faults(KEEPING), faults("glibc.malloc.mmap_threshold=65536")
+    assert given_back - kept > 18 * 2**25 // 2**21, "every block was taken anew"
 
 
 @pytest.fixture

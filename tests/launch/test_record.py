@@ -70,6 +70,25 @@ def test_the_environment_names_the_packages(write):
     assert environment["python"].startswith("3.")
 
 
+def test_the_environment_names_the_variables_of_the_devices(write, monkeypatch):
+    monkeypatch.setenv("HCCL_CONNECT_TIMEOUT", "600")
+    monkeypatch.setenv("ASCEND_RT_VISIBLE_DEVICES", "0,1")
+    monkeypatch.setenv("TASK_QUEUE_ENABLE", "1")
+    monkeypatch.setenv("SOME_PASSWORD", "secret")
+    path, _ = write("hardware=1npu", "hardware.rehearsal=true", "model=tiny_7b")
+    text = (path / "environment.json").read_text()
+    variables = json.loads(text)["variables"]
+    assert variables["HCCL_CONNECT_TIMEOUT"] == "600"  # the person's
+    assert variables["HCCL_EXEC_TIMEOUT"] == "1500"  # ours
+    assert variables["ASCEND_RT_VISIBLE_DEVICES"] == "0,1"
+    assert variables["TASK_QUEUE_ENABLE"] == "0"  # a rehearsal's, whatever is set
+    assert "secret" not in text
+    path, _ = write("hardware=cpu")
+    variables = json.loads((path / "environment.json").read_text())["variables"]
+    assert variables["OMP_WAIT_POLICY"]
+    assert not [name for name in variables if name.startswith(("HCCL", "ASCEND"))]
+
+
 def test_a_resumed_run_keeps_who_it_is_and_takes_what_it_does_now(write, tmp_path):
     path, run = write("task.steps=7")
     plain = small_plain(tmp_path, "task.steps=9", "tracking.enabled=true")

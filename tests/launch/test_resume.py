@@ -30,6 +30,10 @@ def story(launches):
     ]
     for where, command, step in commands:
         where.held(step, command)
+    lasting, before = late.only_run(), sorted(late.folder.rglob("*"))
+    refused = [late.run(*STEPS, f"{key}={lasting}", code=2) for key in ("hydra.run.dir", "task.resume")]
+    assert sorted(late.folder.rglob("*")) == before
+    for _, command, _ in commands:
         command.kill_all()
     killed = [where.only_run() for where in (early, late)]
     before = [(identity(run), max(values(run, "train/loss"))) for run in killed]
@@ -43,7 +47,14 @@ def story(launches):
         late=(late, killed[1], before[1], late_again),
         unbroken=next(run for run in late.runs() if run != killed[1]),
         never=never,
+        refused=refused,
     )
+
+
+def test_a_second_command_in_the_folder_of_a_living_run_is_refused(story):
+    # after the kill below, its lock is nobody's
+    for command in story.refused:
+        assert command.err == f"bc2exp: {story.late[1]}: this run is going on in another process\n"
 
 
 @pytest.mark.parametrize(("which", "killed_at", "goes_on_after"), [("early", 2, 0), ("late", 7, 4)])
@@ -84,9 +95,27 @@ def test_a_finished_run_goes_on_with_more_steps(copied):
     assert events(run, "done")[-1]["segment"] == 1
 
 
+@pytest.mark.slow
+def test_data_that_changed_in_their_place_are_noticed_and_may_be_accepted(launch):
+    text = launch.folder / "text.txt"
+    text.write_text("".join(f"This is line {number} of a text to learn from.\n\n" for number in range(400)))
+    words = (*STEPS[1:], "dataset=text", "dataset.path=text.txt")
+    launch.run(*words, "task.steps=4")
+    run = launch.only_run()
+    text.write_text(text.read_text().replace("line 7 ", "line seven "))
+    refused = launch.run(*words, "task.steps=12", f"task.resume={run}", code=2)
+    assert refused.err.count("\n") == 1
+    assert "checkpoints/step-00000004: the digest of the data was " in refused.err
+    assert "task.accept_changes=true" in refused.err
+    resume = ("task.steps=12", f"task.resume={run}", "task.accept_changes=true")
+    accepted = launch.run(*words, *resume)
+    assert "going on with changes: " in accepted.out
+    assert max(values(run, "train/loss")) == 12
+
+
 def test_a_run_of_another_model_is_not_continued_and_not_touched(copied):
     launch, run = copied
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
     command = launch.run(*STEPS, f"task.resume={run}", "model.hidden_size=64", code=2)
-    assert "that run has model.hidden_size=32, this configuration 64" in command.err
+    assert "that run has model.hidden_size=32 (here 64)" in command.err
     assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from types import SimpleNamespace
 
 import pytest
 
-from bc2exp.launch.terminal import stop_requests
+from bc2exp.launch import terminal
+from bc2exp.launch.terminal import _ECHO_SECONDS, stop_requests
 from tests.launch.commands import STEPS, events, hold, like_a_shell, values, wait_for
 
 WAIT = """
@@ -48,6 +50,7 @@ def story(launches):
     wait_for(lambda: "once more (Ctrl-C) ends it at once" in ended.out, "the answer to Ctrl-C")
     wait_for((deaf.only_run() / "stop").exists, "the stop file")
     assert ended.process.poll() is None
+    time.sleep(_ECHO_SECONDS)
     ended.ctrl_c()
     ended.wait()
     ended.nothing_left()
@@ -74,12 +77,48 @@ def test_a_training_outlives_the_terminal_it_was_started_from(story):
     assert (story.alone / "summary.json").is_file()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_requests_to_stop_are_counted_and_then_again_what_they_were(number):
+@pytest.fixture
+def clock(monkeypatch):
+    """The time of the parent, as the test sets it: `clock.time`."""
+    found = SimpleNamespace(time=100.0)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: found.time)
+    return found
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+)
+def test_requests_to_stop_are_counted_and_then_again_what_they_were(number, clock):
     before = signal.getsignal(number)
     with stop_requests() as requests:
         assert requests.count == 0
         for count in (1, 2):
             signal.raise_signal(number)
             assert requests.count == count
+            clock.time += 1
     assert signal.getsignal(number) is before
+
+
+def test_under_nohup_a_terminal_that_closes_asks_for_nothing(clock):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as requests:
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.count == 0
+            with stop_requests() as inner:
+                signal.raise_signal(signal.SIGTERM)
+                assert inner.count == 1
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_what_comes_right_behind_a_request_is_the_same_one(clock):
+    with stop_requests() as requests:
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGTERM):
+            signal.raise_signal(number)
+            clock.time += 0.1
+        assert requests.count == 1
+        clock.time += 0.5
+        signal.raise_signal(signal.SIGTERM)
+        assert requests.count == 2

@@ -8,7 +8,11 @@ from __future__ import annotations
 import signal
 import socket
 
+import pytest
+
 from tests.launch.commands import STEPS, events, hold_until_stop, values
+
+pytestmark = pytest.mark.slow  # two machines of one, each with a parent of its own
 
 
 def test_a_run_of_two_parents_stopped_by_the_second_saves_and_ends_both(launch):

@@ -20,6 +20,8 @@ from tests.launch.commands import (
     values,
 )
 
+pytestmark = pytest.mark.slow  # five trainings on two ranks
+
 PAIR = (*STEPS, "hardware=2cpu", "parallelism=ddp")
 
 RAISE_ON_RANK_1 = """

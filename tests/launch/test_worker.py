@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
-import os
+import socket
 import subprocess
 import sys
+
+import pytest
 
 from bc2exp.config.errors import UserError
 from bc2exp.train import TrainingError
@@ -40,12 +42,15 @@ def test_a_report_is_whole_or_not_there(tmp_path, capsys):
     assert capsys.readouterr().err == "这 is wrong\n"
 
 
-def test_a_rank_ends_with_the_process_that_holds_its_standard_input(tmp_path):
+@pytest.mark.parametrize("unheard", [False, True])
+def test_a_rank_ends_with_the_process_at_the_other_end_of_its_standard_input(unheard):
     code = "import time, bc2exp.worker as w; w.die_with_parent(); print(1); time.sleep(3600)"
-    reader, writer = os.pipe()
-    with subprocess.Popen([sys.executable, "-c", code], stdin=reader, stdout=subprocess.PIPE) as rank:
-        os.close(reader)
+    mine, theirs = socket.socketpair()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=theirs, stdout=subprocess.PIPE) as rank:
         assert rank.stdout.read(1) == b"1"
         assert rank.poll() is None
-        os.close(writer)
+        if unheard:  # then the end comes as an error
+            theirs.sendall(b"a sign of life")
+        theirs.close()
+        mine.close()
         assert rank.wait(60) == -9

@@ -156,3 +156,9 @@ def test_a_run_that_went_on_with_fewer_devices_keeps_its_identities(tmp_path):
     assert set(summarize(tmp_path)["throughput"]["identities"].values()) == {True}
     (tmp_path / "metrics.jsonl").write_text(journal.replace('"world_size": 4', '"world_size": 3'))
     assert False in summarize(tmp_path)["throughput"]["identities"].values()
+
+
+def test_the_two_ends_of_a_short_run_share_no_step(run_folder, line):
+    summary = summarize(run_folder([line(step, 7.0) for step in range(1, 6)]))
+    assert summary["loss"]["first"] == pytest.approx((9.9 + 9.8) / 2)
+    assert summary["loss"]["last"] == pytest.approx((9.6 + 9.5) / 2)

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from bc2exp.config.errors import UserError
 from bc2exp.parallel.world import World
 from bc2exp.tasks import get_task
-from bc2exp.tasks.pretrain import pretrain, total_steps
+from bc2exp.tasks.build import total_steps
+from bc2exp.tasks.pretrain import pretrain
 from bc2exp.train.checkpoint import Checkpoints
 from bc2exp.weights import load_hf
 from tests.small_run import small_config
@@ -138,10 +139,15 @@ def test_a_tokenizer_with_fewer_pieces_is_noted(tmp_path):
     assert "the rest is never trained on" in notes[0]["text"]
 
 
-def test_weights_of_another_shape(run, tmp_path):
-    text = refused(tmp_path, f"model.weights={run[0]}/weights", "model.hidden_size=64")
-    assert text.startswith(f"model.weights={run[0]}/weights: ")
-    assert "does not hold this model" in text
+def test_weights_of_another_vocabulary(run, tmp_path):
+    # the model's is that of the tokenizer, so the door cannot know
+    shutil.copytree(run[0] / "weights", tmp_path / "weights")
+    config = tmp_path / "weights" / "config.json"
+    config.write_text(config.read_text().replace('"vocab_size": 2048', '"vocab_size": 2000'))
+    text = refused(tmp_path, f"model.weights={tmp_path}/weights")
+    assert text.startswith(
+        f"model.weights={tmp_path}/weights: is of another model: vocab_size is 2000 in the "
+    )
 
 
 def test_a_checkpoint_of_another_model(run, tmp_path):

@@ -1,128 +1,32 @@
-"""Run folders as the parent leaves them, and a tracker that forgets nothing and can be away."""
+"""The parts of these tests as fixtures."""
 
 from __future__ import annotations
 
 import functools
-import json
-import uuid
-from pathlib import Path
 
 import pytest
 
-from bc2exp.tracking.journal import Journal
-
-
-class MemoryTracker:
-    """A tracker in memory: `held` is what it keeps. After `fail_after` calls it is away."""
-
-    def __init__(self, fail_after: int | None = None) -> None:
-        self.held: list[tuple[str, int, float]] = []
-        self.tagged: dict[str, str] = {}
-        self.datasets: list[str] = []
-        self.files: list[str] = []
-        self.status = "NONE"
-        self.opened = 0
-        self.run = None
-        self.fail_after = fail_after
-
-    def connect(self, run, live):
-        self._call()
-        self.opened += 1
-        self.run = run
-        if live or self.status == "NONE":
-            self.status = "RUNNING"
-        return self
-
-    @property
-    def description(self):
-        return {"run_id": "1", "experiment_id": "1", "uri": self.run.uri, "status": self.status}
-
-    def log(self, points):
-        for point in points:
-            self._call()
-            if (point.name, point.step) not in {(name, step) for name, step, _ in self.held}:
-                self.held.append((point.name, point.step, point.value))
-
-    def data(self, record):
-        self._call()
-        self.datasets.append(record["name"])
-
-    def tags(self, tags):
-        self._call()
-        self.tagged.update(tags)
-
-    def artifacts(self):
-        self._call()
-        self.files = sorted(path.name for path in self.run.folder.iterdir() if path.is_file())
-
-    def end(self, status, time):
-        self._call()
-        self.status = status
-
-    def _call(self):
-        if self.fail_after is not None:
-            self.fail_after -= 1
-            if self.fail_after < 0:
-                raise ConnectionError("nobody answers\nand a second line")
+from tests.tracking import parts
 
 
 @pytest.fixture
 def memory_tracker():
-    return MemoryTracker
-
-
-def _make_run(launch: Path, name: str = "a", uri: str = "memory", **fields) -> Path:
-    folder = launch / "runs" / "pretrain-tiny_7b" / name
-    folder.mkdir(parents=True)
-    tracking = {
-        "enabled": True,
-        "uri": uri,
-        "experiment": "pretrain",
-        "artifact_location": str(launch / "mlartifacts" / "pretrain"),
-        **fields.pop("tracking", {}),
-    }
-    values = {
-        "id": uuid.uuid4().hex,
-        "name": f"tiny_7b-cpu-single-{name}",
-        "task": "pretrain",
-        "digest": "0123abcd",
-        "launch_folder": str(launch),
-        "created": 1700000000.0,
-        "tags": {"git.commit": "c0ffee"},
-        **fields,
-        "tracking": tracking,
-    }
-    (folder / "run.json").write_text(json.dumps(values))
-    (folder / "resolved.yaml").write_text("seed: 1\nmodel:\n  name: 百川\n  betas: [0.9, 0.95]\n")
-    (folder / "overrides.txt").write_text("seed=1\n")
-    return folder
+    return parts.MemoryTracker
 
 
 @pytest.fixture(scope="session")
 def make_run():
     """Make a run folder as the parent leaves it: make_run(launch, name, uri, **run.json fields) -> folder."""
-    return _make_run
+    return parts.make_run
 
 
 @pytest.fixture
 def new_run(tmp_path):
     """make_run in a launch folder of the test's own: new_run(name, uri=…, **run.json fields) -> folder."""
-    return functools.partial(_make_run, tmp_path)
-
-
-def _write_steps(
-    folder: Path, first: int, last: int, segment: int = 0, end: str | None = None, shift: float = 0.0
-):
-    with Journal(folder / "metrics.jsonl", segment) as journal:
-        journal.event("start", step=first - 1, world_size=1)
-        for step in range(first, last + 1):
-            values = {"train/loss": 5.0 - step / 100 + shift, "perf/step_time_s": 0.1 + segment}
-            journal.metrics(step, values)
-        if end:
-            journal.event(end, step=last, reason=f"it is {end}")
+    return functools.partial(parts.make_run, tmp_path)
 
 
 @pytest.fixture(scope="session")
 def write_steps():
     """Append a segment: write_steps(folder, first, last, segment=0, end=None, shift=0.0)."""
-    return _write_steps
+    return parts.write_steps

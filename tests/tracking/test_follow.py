@@ -47,7 +47,9 @@ def pipe():
 
 
 def status(folder):
-    return json.loads((folder / "tracking.json").read_text())["status"]
+    """What the folder's record says; None before there is one."""
+    file = folder / "tracking.json"
+    return json.loads(file.read_text())["status"] if file.is_file() else None
 
 
 def wait_for(condition, seconds=10.0):
@@ -249,3 +251,22 @@ def test_a_damaged_journal_is_said_and_not_a_crash(new_run, memory_tracker, pipe
     pipe.close_run()
     assert follow.follow(folder, memory_tracker().connect, 0.0, pipe.parent) == follow.UNREACHED
     assert "is not a journal record" in capsys.readouterr().err
+
+
+def test_sync_waits_once_for_a_tracker_that_is_away(new_run, write_steps, memory_tracker, monkeypatch):
+    folders = [new_run(name) for name in "abc"]
+    for folder in folders:
+        write_steps(folder, 1, 1, end="done")
+    waited = []
+    monkeypatch.setattr(follow.time, "sleep", waited.append)
+    away = memory_tracker(fail_after=0)
+    assert follow.sync(folders, away.connect, 0.6) == follow.UNREACHED
+    assert waited == [0.5]
+
+
+def test_a_complaint_tells_the_cause_and_no_password():
+    error = ConnectionError(
+        "API request to http://me:word@host failed with exception HTTPConnectionPool(host='host', port=9): "
+        "Max retries exceeded with url: /api (Caused by ResponseError('too many 500 error responses'))"
+    )
+    assert follow._reason(error) == "ResponseError('too many 500 error responses')"

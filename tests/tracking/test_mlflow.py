@@ -18,6 +18,7 @@ import pytest
 from bc2exp.tracking import follow, runs
 from bc2exp.tracking import mlflow as tracker
 from bc2exp.tracking.journal import Journal
+from bc2exp.tracking.mlflow_runs import open_experiment
 from bc2exp.tracking.replay import Point
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +195,25 @@ def test_what_is_recorded_of_a_run(make, find, write_steps, launch):
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
 
 
+def test_rows_of_an_evaluation_are_a_table_however_often_they_are_recorded(
+    make, find, uri, monkeypatch, write_steps
+):
+    folder = make()
+    write_steps(folder, 1, 1, end="done")
+    table = {"columns": ["review", "label", "tuned"], "data": [["好吃", "积极", "积极"], ["慢", "消极", "x"]]}
+    (folder / "predictions.json").write_text(json.dumps(table))
+    for _ in range(2):
+        assert sync(folder) == 0
+    run, _ = find(folder)
+    logged = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    assert logged == [{"path": "predictions.json", "type": "table"}]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # load_table searches there, whatever its client's address
+    client = tracker.MlflowClient(uri)
+    read = client.load_table(run.info.experiment_id, "predictions.json", [run.info.run_id])
+    assert read.to_dict("split")["data"] == table["data"]
+    assert list(read.columns) == table["columns"]
+
+
 def test_recording_again_changes_nothing(make, find, write_steps):
     folder = make()
     with Journal(folder / "metrics.jsonl", 0) as journal:
@@ -228,7 +248,7 @@ def test_an_experiment_that_somebody_else_creates_meanwhile(make, monkeypatch, u
     known = client.get_experiment_by_name("pretrain")
     looks = iter([None, known])
     monkeypatch.setattr(client, "get_experiment_by_name", lambda _: next(looks))
-    assert tracker._experiment(client, runs.load(make()), None) == known.experiment_id
+    assert open_experiment(client, runs.load(make()), None) == known.experiment_id
     assert next(looks, "both were asked") == "both were asked"
 
 
@@ -260,6 +280,26 @@ def test_many_parameters_and_a_nested_run(make, find, write_steps):
     assert run.data.tags["mlflow.parentRunId"] == find(parent)[0].info.run_id
 
 
+def test_the_jobs_of_a_sweep_have_colours_of_their_own(make, find, write_steps):
+    jobs = [make(f"job-{number}", tags={"bc2exp.job": str(number)}) for number in range(8)]
+    for job in jobs:
+        write_steps(job, 1, 1, end="done")
+    assert sync(*jobs) == 0
+    assert len({find(job)[0].data.tags["mlflow.runColor"] for job in jobs}) == 8
+
+
+def test_a_job_that_ends_before_its_sweep_is_recorded_is_below_it_in_the_end(make, find, write_steps):
+    sweep, job = make("sweep", tags={"bc2exp.sweep": "x"}), make("job", tags={"bc2exp.parent": "to come"})
+    identity = json.loads((sweep / "run.json").read_text())["id"]
+    (job / "run.json").write_text((job / "run.json").read_text().replace("to come", identity))
+    for folder in (sweep, job):
+        write_steps(folder, 1, 1, end="done")
+    assert sync(job) == 0
+    assert "mlflow.parentRunId" not in find(job)[0].data.tags
+    assert sync(sweep) == 0
+    assert find(job)[0].data.tags["mlflow.parentRunId"] == find(sweep)[0].info.run_id
+
+
 def test_a_deleted_experiment_is_said_plainly(make, write_steps, uri, capsys):
     folder = make(tracking={"experiment": "gone"})
     write_steps(folder, 1, 1, end="done")
@@ -283,6 +323,7 @@ def test_a_server_that_is_away(make, write_steps, find, uri):
     assert time.monotonic() - begin < 30
     assert (process.returncode, output) == (follow.UNREACHED, "")
     assert error.startswith("bc2exp: the tracker at http://127.0.0.1:9 could not be reached (")
+    assert "Connection refused" in error
     assert error.endswith(
         f"the run is complete in {folder}; `python -m bc2exp task=sync task.run={folder}` records it later\n"
     )

@@ -136,3 +136,9 @@ def test_a_preparation_shows_rows_tokens_speed_and_time_left_and_ends_with_what_
             progress.update(record)
     assert "step 0" not in screen.getvalue()
     assert "80 documents, 240 tokens" in screen.getvalue().rsplit("data ", 1)[1]
+
+
+def test_work_without_steps_moves_the_bar_and_writes_no_lines():
+    records = [event("progress", label="tuned: answers", done=done, total=1987) for done in (64, 1987)]
+    assert any("tuned: answers" in line and "1,987/1,987" in line for line in shown(records, None, True))
+    assert shown(records, None) == []

@@ -16,7 +16,7 @@ from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.shard import local
 from bc2exp.parallel.world import World
 from bc2exp.tracking.journal import NullJournal
-from bc2exp.train.checkpoint import Checkpoints
+from bc2exp.train.checkpoint import Checkpoints, Progress, Saved
 from bc2exp.train.optimizer import build_optimizer
 from bc2exp.train.throughput import Throughput
 from bc2exp.train.trainer import Trainer
@@ -124,17 +124,34 @@ class NoCheckpoints:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.saved: list[int] = []
+        self._told = 0
 
-    def save(self, layout, optimizer, progress):
+    def save(self, layout, optimizer, progress, *, beside=False):
         assert progress.samples == progress.step * GLOBAL_BATCH
         self.saved.append(progress.step)
-        return self.folder / "checkpoints" / f"step-{progress.step}"
+
+    def make_room(self, layout, optimizer):
+        """Nothing is copied."""
+
+    def finished(self, *, wait=False):
+        if self._told == len(self.saved):
+            return None
+        self._told = len(self.saved)
+        return Saved(self.saved[-1], self.folder / "checkpoints" / f"step-{self.saved[-1]}", ())
 
 
-def make_checkpoints(folder: Path, keep: int = 9, world: World = ONE_RANK) -> tuple[Checkpoints, list[str]]:
+def make_checkpoints(
+    folder: Path, keep: int = 9, world: World = ONE_RANK, **changes: Any
+) -> tuple[Checkpoints, list[str]]:
     """Checkpoints in `folder`, and the list of what they tell."""
     told: list[str] = []
-    return Checkpoints(folder / "checkpoints", keep=keep, world=world, tell=told.append), told
+    return Checkpoints(folder / "checkpoints", keep=keep, world=world, tell=told.append, **changes), told
+
+
+def save(checkpoints: Checkpoints, layout: Layout, optimizer: torch.optim.Optimizer, progress: Progress):
+    """Save and wait for it; what was saved, on rank 0."""
+    checkpoints.save(layout, optimizer, progress)
+    return checkpoints.finished(wait=True)
 
 
 def adamw(model: Baichuan2 | Layout) -> torch.optim.Optimizer:

@@ -9,7 +9,7 @@ from bc2exp.config.errors import UserError
 from bc2exp.parallel.layout import parallelize
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.train.checkpoint import Progress
-from tests.train.parts import ONE_RANK, adamw, make_checkpoints, make_model, make_trainer
+from tests.train.parts import ONE_RANK, adamw, make_checkpoints, make_model, make_trainer, save
 
 
 def trained(folder, steps, start=0, model=None, optimizer=None, **changes):
@@ -131,7 +131,7 @@ def names(folder):
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
-def save(folder, step, keep=9):
+def saved(folder, step, keep=9):
     model = make_model()
     checkpoints, _ = make_checkpoints(folder, keep)
     for parameter in model.parameters():
@@ -139,12 +139,12 @@ def save(folder, step, keep=9):
     optimizer = adamw(model)
     optimizer.step()
     layout = parallelize(model, Mesh(ONE_RANK), precision="fp32")
-    return checkpoints.save(layout, optimizer, Progress(step, 8 * step))
+    return save(checkpoints, layout, optimizer, Progress(step, 8 * step))
 
 
 def test_only_the_newest_are_kept(tmp_path):
     for step in (2, 4, 10, 12):
-        save(tmp_path, step, keep=2)
+        saved(tmp_path, step, keep=2)
     assert names(tmp_path) == ["step-00000010", "step-00000012"]
 
 
@@ -154,7 +154,7 @@ def test_a_half_built_checkpoint_is_no_checkpoint_and_the_next_save_removes_it(r
     (half / "model.safetensors").write_bytes(b"half")
     assert load(run)[0] == Progress(3, 24)
     assert half.exists()
-    save(run, 4)
+    saved(run, 4)
     assert names(run) == [f"step-0000000{step}" for step in (1, 2, 3, 4)]
 
 
@@ -162,6 +162,6 @@ def test_a_damaged_newer_checkpoint_never_outlives_a_whole_older_one(run):
     flip(run / "checkpoints" / "step-00000003" / "model.safetensors")
     flip(run / "checkpoints" / "step-00000002" / "model.safetensors")
     assert load(run)[0] == Progress(1, 8)
-    save(run, 2, keep=1)  # the training goes on from step 1
+    saved(run, 2, keep=1)  # the training goes on from step 1
     assert names(run) == ["step-00000002"]
     assert load(run)[0] == Progress(2, 16)
