@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bc2exp import __main__ as door
+from bc2exp.launch import sweep_door
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "mlflow", "transformers", "pyarrow", "sentencepiece")
@@ -107,7 +108,7 @@ WRONG: list[tuple[str, list[str], list[str]]] = [
     ),
     ("no file", [TEXT], ["dataset.path: no value"]),
     ("twice", ["task.steps=1", "task.steps=2"], ["task.steps: given twice, as 1 and as 2; keep one"]),
-    ("another task", ["task=sync", "task.steps=3"], ["task=sync has no such key; task=pretrain has"]),
+    ("another task", ["task=sync", "task.steps=3"], ["task=sync has no such key; task=finetune,pretrain"]),
     (
         "values",
         [
@@ -177,9 +178,9 @@ WRONG: list[tuple[str, list[str], list[str]]] = [
         ["4 mistakes", "model=tny_7b: no", "nearest: task.steps", "log_every=x: must", "log_every=-1: must"],
     ),
     (
-        "sweep that divides in part",
-        ["--multirun", "hardware=2cpu,4cpu", "task.global_batch=6,8"],
-        ["1 mistake;", "=6: not a multiple of 4"],
+        "sweep that divides nowhere",
+        ["--multirun", "hardware=2cpu,4cpu", "task.global_batch=7,9"],
+        ["4 mistakes;", "=7: not a multiple of 2", "=9: not a multiple of 4"],
     ),
     ("sweep of tasks", ["-m", "task=pretrain,sync", "task.steps=3"], ["task=sync has no such key"]),
     (
@@ -200,6 +201,25 @@ WRONG: list[tuple[str, list[str], list[str]]] = [
         ["-m", "hydra.run.dir=x", "hydra/sweeper=optuna_", "hydra.sweeper.params.seed=1"],
         ["3 mistakes", "name the sweep's", "hydra/sweeper=optuna_: no such choice"],
     ),
+    ("a sweep without a folder", ["sweep.resume=nope"], ["sweep.resume=nope: no such folder"]),
+    ("a folder without a sweep", ["sweep.resume=数据"], ["数据: is no sweep's folder (it would hold ledger"]),
+    ("one job without a sweep", ["sweep.job=1"], ["sweep.job=1: is one of a sweep that goes on"]),
+    ("a file of one job", ["sweep.sbatch=true"], ["sweep.sbatch=true: writes down the jobs of a sweep; it"]),
+    (
+        "plugins",
+        ["-m", "hydra/launcher=submitit_slurm", "hydra.sweeper.storage=sqlite:///x.db"],
+        [
+            "2 mistakes",
+            "let Slurm run them at the same time: sweep.sbatch=true",
+            "the ledger of the sweep keeps",
+        ],
+    ),
+    (
+        "a sweep that fits nowhere",
+        ["-m", "hardware.memory_gib=1e-5", "seed=1,2"],
+        ["every job of this sweep is infeasible; nothing was started", "does not fit: needs 0.0"],
+    ),
+    ("two metrics", ["-m", "sweep.metric=a,b"], ["sweep.metric=a,b: is one for the whole sweep"]),
     ("a sweeper's key", ["-m", "hydra.sweeper.nope=1"], ["hydra.sweeper.nope: no such group or key"]),
     ("flag", ["--foo"], ["unrecognized arguments: --foo"]),
     ("flag alone", ["--resolve"], ["--resolve: belongs to --cfg job"]),
@@ -235,11 +255,12 @@ def launched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
     """Let nothing start; remember what would have been."""
     found = Launched()
 
-    def remember(folder, plain, overrides, launch_folder, tags):  # type: ignore[no-untyped-def]
+    def remember(folder, plain, overrides, launch_folder, tags, conversation):  # type: ignore[no-untyped-def]
         found.append((folder.path, plain, overrides))
         return 0
 
-    monkeypatch.setattr(door, "run_on_ranks", remember)
+    for module in (door, sweep_door):
+        monkeypatch.setattr(module, "run_on_ranks", remember)
     return found
 
 
@@ -268,10 +289,22 @@ def test_awkward_names_are_right_input(
 
 def test_a_sweep_reaches_its_jobs_as_typed(folder: Path, launched: Launched) -> None:
     words = ["-m", "tracking.run_name=./a=b,'c,d'", "hydra.sweep.dir=./扫描", "model=glob(tiny_13*)"]
+    words.append("tracking.enabled=false")
     assert door.command(words) == 0
     seen = [(plain["tracking"]["run_name"], plain["model"]["name"]) for _, plain, _ in launched]
     assert seen == [("./a=b", "tiny_13b"), ("c,d", "tiny_13b")]
     assert {path.parent for path, _, _ in launched} == {folder / "扫描"}
+
+
+def test_a_job_whose_layout_cannot_be_is_marked_and_the_others_run(folder: Path, launched: Launched) -> None:
+    words = ["-m", "hardware=2cpu,4cpu", "task.global_batch=6,8", "tracking.enabled=false"]
+    assert door.command(words) == 0
+    seen = [(plain["hardware"]["name"], plain["task"]["global_batch"]) for _, plain, _ in launched]
+    assert seen == [("2cpu", 6), ("2cpu", 8), ("4cpu", 8)]
+    (ranking,) = folder.glob("runs/sweep/*/sweep.json")
+    told = {job["number"]: (job["status"], job["reason"]) for job in json.loads(ranking.read_text())["jobs"]}
+    assert told[2][0] == "infeasible"
+    assert told[2][1].startswith("task.global_batch=6: not a multiple of 4 data-parallel ranks")
 
 
 def python(folder: Path, code: str, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,19 +14,16 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from omegaconf import OmegaConf
 
 from bc2exp.config.errors import UserError
-from bc2exp.config.load import finalize, read
 from bc2exp.config.preflight import preflight
 from bc2exp.data import rows
 from bc2exp.embedded import TOKENIZER
-from bc2exp.tasks import get_task
 from tests.data.stores import write_by_hand
+from tests.guide_runs import do
 from tests.one_thread import one_thread
 from tests.pages import broken_links, commands, fenced, shape, table
 from tests.small_run import small_words
-from tests.train.parts import ONE_RANK, Memory
 
 __all__ = ["one_thread"]
 
@@ -73,21 +70,9 @@ def words_of(command: str) -> list[str]:
     return overrides
 
 
-def do(site: Path, words: list[str]) -> Path:
-    """Do the task of the command line in `site`, in this process; the run folder.
-
-    Raises UserError with what a person would be told.
-    """
-    words = small_words(*words)
-    checked = preflight(words, sweep=False, folder=site)
-    if checked.problems:
-        raise UserError("\n".join(checked.problems))
-    run = site / "done" / f"{len(list(site.glob('done/*'))):03}"
-    run.mkdir(parents=True)
-    (run / "resolved.yaml").write_text(OmegaConf.to_yaml(finalize(checked.jobs[0], site)))
-    config = read(run / "resolved.yaml")
-    assert get_task(config.task.name)(config, run, ONE_RANK, Memory()) == "done"
-    return run
+def prepared(site: Path, words: list[str]) -> Path:
+    """Do the task of the command line, with the small training's words, in `site`; the run folder."""
+    return do(site, small_words(*words))[0]
 
 
 def report_of(folder: Path) -> dict:
@@ -98,7 +83,7 @@ def report_of(folder: Path) -> dict:
 def told(site: Path, *words: str) -> str:
     """The one sentence with which a preparation, unless the words name another task, is refused."""
     with pytest.raises(UserError) as error:
-        do(site, [*words] if "task=pretrain" in words else ["task=prepare", *words])
+        prepared(site, [*words] if "task=pretrain" in words else ["task=prepare", *words])
     return str(error.value)
 
 
@@ -113,7 +98,7 @@ def follow(site: Path, command: str) -> None:
         return
     if "task=pretrain" in words:
         words = [*(word for word in words if not word.startswith("task.steps=")), *QUICK]
-    do(site, words)
+    prepared(site, words)
 
 
 def test_the_twins_have_one_shape_and_one_set_of_commands() -> None:
@@ -151,7 +136,7 @@ def test_the_words_of_a_recipe_fit_both_commands(site: Path, words: str) -> None
     given = ["dataset=text", *shlex.split(words)]
     assert preflight(["task=pretrain", *given], sweep=False, folder=site).problems == []
     num_documents = 99 if "theirs" in words else 100 if "corpus/2024" in words else 200
-    assert report_of(do(site, ["task=prepare", *given]))["documents"] == num_documents
+    assert report_of(prepared(site, ["task=prepare", *given]))["documents"] == num_documents
 
 
 def test_the_reasons_are_those_of_the_program() -> None:
@@ -191,7 +176,7 @@ def test_the_messages_are_those_that_a_person_gets(site: Path) -> None:
     shutil.copytree(site / "theirs", site / "cut", dirs_exist_ok=True)
     (site / "cut" / "corpus.bin").write_bytes(b"\0" * 8)
     whole = (text, "dataset.path=notes.txt", "dataset.name=whole", "dataset.cache=damaged")
-    store = Path(report_of(do(site, ["task=prepare", *whole]))["store"])
+    store = Path(report_of(prepared(site, ["task=prepare", *whole]))["store"])
     shutil.copytree(store.parent, site / "moved")
     report = report_of(site / "moved") | {"tokenizer_sha256": "0" * 64}
     (site / "moved" / "report.json").write_text(json.dumps(report))

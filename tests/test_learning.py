@@ -94,6 +94,25 @@ def test_the_13b_kind_learns_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_fine_tuning_learns_the_embedded_reviews(tmp_path: Path) -> None:
+    run, seen = run_command(tmp_path, "task=finetune")
+    losses = series(run, "train/loss")
+    assert len(losses) == 75  # 4 epochs of 300 rows, 16 a step
+    assert mean(losses[-5:]) < 0.1 < 5 < losses[0]
+    work = json.loads((run / "summary.json").read_text())["work"]
+    assert work["times_fewer"] > 5
+    assert f"{work['times_fewer']:.1f} times fewer" in " ".join(seen.split())
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "finetune")
+    (recorded,) = client.search_runs([experiment.experiment_id])
+    assert set(recorded.data.metrics) == METRICS | {"data/tokens_per_step", "data/positions_per_step"}
+    assert recorded.inputs.dataset_inputs[0].dataset.name == "embedded_reviews"
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_real_text_with_the_genuine_tokenizer(tmp_path: Path) -> None:
     run, _ = run_command(

@@ -8,6 +8,7 @@ import pytest
 from bc2exp.config.preflight import preflight
 from bc2exp.embedded import TOKENIZER
 from tests.pages import REPOSITORY, broken_links, commands, fenced, shape
+from tests.weights.folders import SEVEN_B, weights_for_the_door
 
 READMES = ("README.md", "README.zh.md")
 
@@ -21,9 +22,21 @@ def test_the_twins_show_the_same_commands_and_output() -> None:
 @pytest.mark.parametrize("command", [line for line in commands("README.md") if "-m bc2exp" in line])
 def test_every_run_command_passes_the_door(command: str, tmp_path: Path) -> None:
     (tmp_path / "lines.txt").write_text("送餐很快\nwarm and on time\n", encoding="utf-8")
-    named = command.replace("TOKENIZER", str(TOKENIZER))
+    (tmp_path / "reviews.csv").write_text("label,review\n1,warm and on time\n0,cold\n", encoding="utf-8")
+    # as the commands before it leave them
+    run = tmp_path / "runs" / "tuned"
+    run.mkdir(parents=True)
+    (run / "resolved.yaml").write_text("{}")
+    (run / "metrics.jsonl").touch()
+    made = [run / "weights", *([tmp_path / "megatron"] if "task.source=megatron" in command else [])]
+    for folder in made:
+        weights_for_the_door(folder)
+        (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
+    seven = weights_for_the_door(tmp_path / "published", **SEVEN_B)
+    named = command.replace("TOKENIZER", str(TOKENIZER)).replace("WEIGHTS", str(seven))
     for placeholder in ("FILE", "ALPACA"):
-        named = named.replace(placeholder, str(tmp_path / "lines.txt"))
+        file = "reviews.csv" if "waimai" in command else "lines.txt"
+        named = named.replace(placeholder, str(tmp_path / file))
     words = shlex.split(named)
     words = words[len(words) - words[::-1].index("bc2exp") :]
     overrides = [word for word in words if "=" in word]

@@ -3,6 +3,8 @@
 Block: x += attention(rms(x)); x += down(silu(gate(x)) * up(x)); then a final norm and NormHead. No bias,
 no dropout, as many key heads as query heads. Read from the published modeling code.
 
+Weights may be wider than what the model computes in (`Baichuan2.compute_in`): each is cast where it is used.
+
 The model knows neither devices nor layouts. A rank may hold some of the heads, as shapes are read from
 the tensors, or one stage of a pipeline: embedding, norm and head may be None, layers may be missing.
 """
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 
 from bc2exp.hardware.base import Ops
 from bc2exp.model.cache import Cache
-from bc2exp.model.loss import NORM_EPS, norm_head_loss_sum
+from bc2exp.model.loss import NORM_EPS, norm_head_loss_sum, row_norms
 from bc2exp.model.positions import alibi_slopes, rope_tables, segment_positions
 
 POSITIONS = ("rope", "alibi")
@@ -47,6 +49,25 @@ class Context:
         self.cache = cache
 
 
+class Linear(nn.Linear):
+    """A matrix without bias, used in the type of what it is given."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Embedding(nn.Embedding):
+    """Rows of words, in the type `compute_dtype`; None: in their own."""
+
+    compute_dtype: torch.dtype | None = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids).to(self.compute_dtype)
+
+
 class RMSNorm(nn.Module):
     """Root mean square normalisation of the last dim, with a learned factor."""
 
@@ -57,7 +78,7 @@ class RMSNorm(nn.Module):
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.rms_norm(x, self.weight, self.eps)
+        return self.ops.rms_norm(x, self.weight.to(x.dtype), self.eps)
 
 
 class Attention(nn.Module):
@@ -68,10 +89,10 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size: int, head_dim: int, layer_index: int, ops: Ops) -> None:
         super().__init__()
-        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=False)
-        self.o_proj = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.q_proj = Linear(hidden_size, hidden_size)
+        self.k_proj = Linear(hidden_size, hidden_size)
+        self.v_proj = Linear(hidden_size, hidden_size)
+        self.o_proj = Linear(hidden_size, hidden_size)
         self.head_dim = head_dim
         self.first_head = 0
         self.layer_index = layer_index
@@ -101,9 +122,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, ops: Ops) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size)
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,8 +156,9 @@ class NormHead(nn.Module):
     `every_row`: see there; for tensors without values.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, z_loss_weight: float) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, z_loss_weight: float, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
         self.vocab_size = vocab_size
         self.z_loss_weight = z_loss_weight
@@ -145,13 +167,26 @@ class NormHead(nn.Module):
         self.every_row = False
         self.group: dist.ProcessGroup | None = None
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, real: Tensor | None = None) -> Tensor:
-        """Logits, fp32 [..., vocabulary]; with labels [...] the loss sum, fp32 [1]. `real` is bool [...]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None = None,
+        real: Tensor | None = None,
+        at: Tensor | None = None,
+    ) -> Tensor:
+        """Logits, fp32 [..., vocabulary]; with labels [...] the loss sum, fp32 [1]. `real` is bool [...].
+
+        `at` [n], positions counted through all dims but the last, asks for their logits alone,
+        [n, vocabulary].
+        """
         weight = self.weight
         if labels is None:
+            if at is not None:
+                hidden = hidden.flatten(0, -2)[at]
             # Dividing the logits instead of the rows spares a second copy of the weight.
-            norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).clamp_min(NORM_EPS)
-            return F.linear(hidden, weight) / norms
+            narrow = weight.to(hidden.dtype)
+            norms = row_norms(narrow).clamp_min(NORM_EPS)
+            return F.linear(hidden, narrow) / norms
         return norm_head_loss_sum(
             hidden.flatten(0, -2),
             weight,
@@ -163,6 +198,7 @@ class NormHead(nn.Module):
             vocab_size=self.vocab_size,
             group=self.group,
             every_row=self.every_row,
+            exponentials=self.ops.exponentials,
         )
 
 
@@ -173,7 +209,7 @@ class Baichuan2(nn.Module):
     `shape` holds the keyword arguments of this constructor, less `ops`, as plain data.
     """
 
-    embed_tokens: nn.Embedding | None
+    embed_tokens: Embedding | None
     norm: RMSNorm | None
     lm_head: NormHead | None
 
@@ -205,7 +241,7 @@ class Baichuan2(nn.Module):
             "z_loss_weight": z_loss_weight,
         }
         self.head_dim = head_dim
-        self.embed_tokens = nn.Embedding(vocab_size, hidden_size, padding_idx=PADDING_ID)
+        self.embed_tokens = Embedding(vocab_size, hidden_size, padding_idx=PADDING_ID)
         # Keyed by the number in the whole model: a stage that drops layers keeps every other name.
         self.layers = nn.ModuleDict(
             {
@@ -214,7 +250,7 @@ class Baichuan2(nn.Module):
             }
         )
         self.norm = RMSNorm(hidden_size, rms_norm_eps, ops)
-        self.lm_head = NormHead(vocab_size, hidden_size, z_loss_weight)
+        self.lm_head = NormHead(vocab_size, hidden_size, z_loss_weight, ops)
 
     def forward(
         self,
@@ -224,6 +260,7 @@ class Baichuan2(nn.Module):
         *,
         positions: Tensor | None = None,
         cache: Cache | None = None,
+        logits_at: Tensor | None = None,
     ) -> Tensor:
         """Logits fp32 [batch, sequence, vocabulary], or with labels the loss SUM, fp32 [1].
 
@@ -231,6 +268,7 @@ class Baichuan2(nn.Module):
         segment_ids [batch, sequence]: tokens see their own segment only; 0 is padding. With a cache they
         cover the cached positions too. labels[b, s] is the token that follows input_ids[b, s], or -100.
         positions [batch, sequence]: by default they count on from the cache, or restart in each segment.
+        logits_at [n]: row * sequence + position of the only logits wanted, which come as [n, vocabulary].
         Without norm and head here: the hidden states for the next stage.
         """
         # The hidden states of the stage before may be this rank's part of the sequence; labels never are.
@@ -244,7 +282,12 @@ class Baichuan2(nn.Module):
         if self.lm_head is None:
             return hidden
         real = None if labels is None or segment_ids is None else segment_ids != 0
-        return self.lm_head(hidden, labels, real)
+        return self.lm_head(hidden, labels, real, logits_at)
+
+    def compute_in(self, dtype: torch.dtype) -> None:
+        """Compute in `dtype`, whatever the type of the weights; their gradients have theirs."""
+        assert self.embed_tokens is not None, "the type comes from the embedding, which another stage has"
+        self.embed_tokens.compute_dtype = dtype
 
     def _context(
         self,

@@ -5,11 +5,15 @@ The logits are hidden @ normalize(weight)^T, one unit row a word (Yang et al. 20
 time: they turn into loss and gradients at once, and backward has nothing left to do but scale.
 
 Legend: T positions, C positions of a chunk, H hidden size, V words of the vocabulary held here (all
-of them without a group). Logits, softmax statistics and the sum of the weight's gradient are fp32;
-the three matrix products run in the inputs' type.
+of them without a group). Softmax statistics and the sum of the weight's gradient are fp32, and so is
+what is computed of logits; the three matrix products run in the inputs' type, and so are they kept.
 
 The normalised weight never exists: with inv_v = 1 / |w_v|, logits are (hidden @ weight^T) * inv, and for
 a gradient g_v with respect to the unit row, d/dw_v = inv_v g_v - (inv_v g_v . w_v) inv_v^2 w_v.
+
+A unit row can give no logit above the length of the hidden state. Where every length is at most
+SAFE_LENGTH, no exponential can leave fp32, and softmax needs no largest logit to be taken off: one pass
+over [C, V], and in shards one exchange a chunk, less.
 """
 
 from __future__ import annotations
@@ -22,20 +26,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bc2exp.hardware import eager
+from bc2exp.hardware.base import Exponentials
+
 IGNORED_LABEL = -100
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
 CHUNK_BYTES = 96 * 2**20
-CHUNK_OF_WEIGHT = 3 / 8
-"""What the fp32 logits of a chunk take, where the caller names no number of tokens: as many bytes, or that
-part of a fp32 copy of the weight, whichever is more.
+ROWS_OF_HIDDEN_SIZE = 3 / 8
+"""What the logits of a chunk take in the type they are kept in, or as rows the part of the hidden size,
+whichever is more, where the caller names no number of tokens.
 
 Every chunk reads the weight and its gradient once, so larger chunks are faster. Measured with
 benchmarks/loss_memory.py: at 512 x 125,696 both say 96 MiB, the most that leaves the process well under a
 quarter of the plain path's memory.
 """
+SAFE_LENGTH = 60.0
+"""exp(60) times a million words is 1e32, exp(-60) is 1e-26; fp32 holds 1e-38 to 3e38."""
 CHUNK_MULTIPLE = 64  # odd numbers of rows leave matrix kernels on their slow edges
-ROW_BLOCK = 4096
-"""Rows of the vocabulary handled together where a temporary beside [V, H] is needed."""
+ROW_BLOCK = 1024
+"""Rows of the vocabulary handled together where a temporary beside [V, H] is needed. It stays in cache."""
 
 
 def norm_head_loss_sum(
@@ -51,11 +60,13 @@ def norm_head_loss_sum(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     every_row: bool = False,
+    exponentials: Exponentials = eager.exponentials,
 ) -> Tensor:
     """Sum of the cross entropies of hidden @ normalize(weight)^T over the labels != -100, fp32 [1].
 
-    hidden [T, H] and weight [V, H] share one floating type; labels [T] are int64. Rows labelled -100
-    reach the head only if the z-loss wants them.
+    hidden [T, H] and weight [V, H] have one floating type, or the weight is fp32: then it is cast to the
+    other's, and its gradient is fp32. labels [T] are int64. Rows labelled -100 reach the head only if the
+    z-loss wants them.
 
     The z-loss of the published 13B code, z_loss_weight * mean(max_logit^2) over all positions that are
     no padding (`real`, bool [T], default all), is stated there for a mean loss. Here a sum is returned,
@@ -67,8 +78,9 @@ def norm_head_loss_sum(
     words; all ranks of the group pass the same hidden, labels and real, and return the same loss. The
     gradient of hidden is then THIS RANK'S PARTIAL SUM, to be added up over the group by the caller.
 
-    `chunk_tokens` is C; by default see CHUNK_BYTES. With `every_row` the values of `labels` are not looked
-    at beforehand: all rows reach the head, as if each had a label.
+    `chunk_tokens` is C; by default see CHUNK_BYTES. With `every_row` no values are looked at beforehand:
+    all rows reach the head, as if each had a label, and lengths are taken to be safe. `exponentials` is the
+    device's own.
 
     The graph can be walked back once: a second backward raises RuntimeError. Raises ValueError, naming
     it, for a label outside the vocabulary.
@@ -82,10 +94,14 @@ def norm_head_loss_sum(
     if chunk_tokens is None:
         # From the mean shard, not from this one: every rank has to take part in the same reductions.
         words_here = num_words if group is None else -(-num_words // group.size())
-        rows_wanted = max(CHUNK_BYTES / (4 * words_here), CHUNK_OF_WEIGHT * weight.shape[1])
+        rows_wanted = max(
+            CHUNK_BYTES / (hidden.element_size() * words_here), ROWS_OF_HIDDEN_SIZE * weight.shape[1]
+        )
         chunk_tokens = CHUNK_MULTIPLE * max(1, int(rows_wanted) // CHUNK_MULTIPLE)
     shard = _Shard(vocab_start, weight.shape[0], group)
-    job = _Job(rows, labels[rows], z_coefficient, chunk_tokens, shard)
+    longest = _longest(hidden.detach(), rows, shard)
+    is_safe = every_row or longest.item() <= SAFE_LENGTH  # not so for a NaN
+    job = _Job(rows, labels[rows], z_coefficient, chunk_tokens, shard, is_safe, exponentials)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: Tensor = _NormHeadLoss.apply(hidden, weight, job)
         return loss
@@ -111,12 +127,17 @@ class _Shard:
         held = (columns >= 0) & (columns < self.size)
         return columns.clamp(0, self.size - 1), held
 
-    def first_largest(self, logits: Tensor, local_max: Tensor, max_logits: Tensor) -> Tensor:
-        """The word with the largest logit [C]; of several shards with that logit, the lowest word."""
+    def largest(self, logits: Tensor, *, with_words: bool) -> tuple[Tensor, Tensor | None]:
+        """The largest logit [C], and if wanted its word [C]; of several words with that logit, the lowest."""
+        local_max = logits.amax(dim=1)
+        max_logits = local_max.clone()
+        self.combine(max_logits, dist.ReduceOp.MAX)
+        if not with_words:
+            return max_logits, None
         words = self.start + logits.argmax(dim=1)
         words[local_max != max_logits] = torch.iinfo(words.dtype).max
         self.combine(words, dist.ReduceOp.MIN)
-        return words
+        return max_logits, words
 
 
 @dataclass(frozen=True)
@@ -128,6 +149,18 @@ class _Job:
     z_coefficient: float
     chunk_tokens: int
     shard: _Shard
+    is_safe: bool
+    exponentials: Exponentials
+
+
+def _longest(hidden: Tensor, rows: Tensor, shard: _Shard) -> Tensor:
+    """Length of the longest of the `rows` of `hidden` [T, H], fp32 [1], the same on every rank."""
+    longest = torch.zeros(1, dtype=torch.float32, device=hidden.device)
+    if len(rows):
+        lengths = torch.linalg.vector_norm(hidden, dim=1, dtype=torch.float32)
+        longest = lengths[rows].amax(dim=0, keepdim=True)
+    shard.combine(longest, dist.ReduceOp.MAX)
+    return longest
 
 
 def _select_rows(
@@ -173,63 +206,64 @@ def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, job: _Job, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss [1], gradient of hidden [T, H] and of weight [V, H] (None unless wanted)."""
-    norms = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32)
-    inverse_norms = norms.clamp_min_(NORM_EPS).reciprocal_()
+    weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
+    inverse_norms = row_norms(weight).clamp_min_(NORM_EPS).reciprocal_()
     loss = torch.zeros(1, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if want_hidden else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
     num_rows = min(job.chunk_tokens, job.rows.shape[0])
-    # One buffer in the inputs' type for the products, one in fp32 for all else; in fp32 the same one, and
-    # copies from one to the other are none. Arithmetic across types would be much slower than a copy.
     products = torch.empty(num_rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-    logits = products if hidden.dtype == torch.float32 else torch.empty_like(products, dtype=torch.float32)
     chunks = (part.split(job.chunk_tokens) for part in (job.rows, job.labels))
     for rows, labels in zip(*chunks, strict=True):
         h, n = hidden[rows], rows.shape[0]
         torch.mm(h, weight.T, out=products[:n])
-        logits[:n].copy_(products[:n]).mul_(inverse_norms)
-        chunk_loss, sums = _loss_and_logit_gradients_(logits[:n], labels, job)
+        chunk_loss, sums = _loss_and_product_gradients_(products[:n], inverse_norms, labels, job)
         loss += chunk_loss
-        if want_hidden or want_weight:
-            products[:n].copy_(logits[:n].mul_(inverse_norms))
         if grad_hidden is not None:
             grad_hidden[rows] = ((products[:n] @ weight) / sums[:, None]).to(hidden.dtype)
         if grad_weight is not None:
             _add_product_(grad_weight, products[:n], (h / sums[:, None]).to(h.dtype))
     if grad_weight is not None:
         _through_normalisation_(grad_weight, weight, inverse_norms)
-        grad_weight = grad_weight.to(weight.dtype)
+        grad_weight = grad_weight.to(weight_dtype)
     return loss, grad_hidden, grad_weight
 
 
-def _loss_and_logit_gradients_(logits: Tensor, labels: Tensor, job: _Job) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk and its softmax sums [C]; turns `logits` [C, V] into their gradient times the sums.
+def _loss_and_product_gradients_(
+    products: Tensor, inverse_norms: Tensor, labels: Tensor, job: _Job
+) -> tuple[Tensor, Tensor]:
+    """Loss of a chunk and its softmax sums [C]; turns `products` [C, V], hidden @ weight^T, into their
+    gradient times the sums.
 
-    Leaving the division to the [C, H] factors of the products saves a pass over [C, V].
+    Leaving the division to the [C, H] factors of the next products saves a pass over [C, V].
     """
     shard = job.shard
-    local_max = logits.amax(dim=1)
-    max_logits = local_max.clone()
-    shard.combine(max_logits, dist.ReduceOp.MAX)
     with_z = job.z_coefficient != 0.0
-    largest = shard.first_largest(logits, local_max, max_logits) if with_z else labels
     labelled = labels != IGNORED_LABEL
     columns, held = shard.local(labels)
     held &= labelled
-    target_logits = logits.gather(1, columns[:, None])[:, 0] * held
-    exponentials = logits.sub_(max_logits[:, None]).exp_()
-    statistics = torch.stack((exponentials.sum(dim=1), target_logits))
+    rows = torch.arange(len(labels), device=labels.device)
+    targets = products[rows, columns].float() * inverse_norms[columns]
+    shift, largest = None, None
+    if with_z or not job.is_safe:
+        shift, largest = shard.largest(products.float() * inverse_norms, with_words=with_z)
+    sums = job.exponentials(products, inverse_norms, shift)
+    statistics = torch.stack((sums, targets * held))
     shard.combine(statistics, dist.ReduceOp.SUM)
     sums, target_logits = statistics
-    loss = ((sums.log() + max_logits - target_logits) * labelled).sum()
-    if with_z:
-        loss = loss + job.z_coefficient * max_logits.square().sum()
-        exponentials.mul_(labelled[:, None])  # the others are here for the z-loss alone
-    exponentials.scatter_add_(1, columns[:, None], (-sums * held)[:, None])
-    if with_z:
+    if shift is None:
+        shift = torch.zeros_like(sums)
+    loss = ((sums.log() + shift - target_logits) * labelled).sum()
+    # Anew from fp32: what is left of the exponential of a word that is all but certain would be rounding.
+    of_targets = ((targets - shift).exp() - sums) * inverse_norms[columns]
+    # Neither scatter_ nor scatter_add_: on a CPU they copy all of [C, V] for one element a row.
+    products[rows, columns] = of_targets.to(products.dtype).where(held, products[rows, columns])
+    if largest is not None:
+        loss = loss + job.z_coefficient * shift.square().sum()
+        products.mul_(labelled[:, None])  # the others are here for the z-loss alone
         columns, held = shard.local(largest)
-        slopes = 2 * job.z_coefficient * max_logits * held
-        exponentials.scatter_add_(1, columns[:, None], (slopes * sums)[:, None])
+        slopes = 2 * job.z_coefficient * shift * held * sums * inverse_norms[columns]
+        products[rows, columns] += slopes.to(products.dtype)
     return loss, sums
 
 
@@ -240,6 +274,13 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         return
     for words in _blocks(total.shape[0]):
         total[words].add_((left[:, words].T @ right).float())
+
+
+def row_norms(weight: Tensor) -> Tensor:
+    """Lengths of the rows of [V, H], fp32 [V]."""
+    # torch's own norm of bf16 in fp32 took five times as long as a norm of fp32 copies of blocks.
+    norms = [torch.linalg.vector_norm(weight[words].float(), dim=1) for words in _blocks(weight.shape[0])]
+    return torch.cat(norms)
 
 
 def _through_normalisation_(gradient: Tensor, weight: Tensor, inverse_norms: Tensor) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from bc2exp.data.batches import MicroBatch
 from bc2exp.model.baichuan2 import Baichuan2
+from bc2exp.model.cache import Cache
 from bc2exp.parallel import shard
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.parts import Parts
@@ -63,6 +65,25 @@ def parallelize(
     )
 
 
+def lay_out_copies(model: Baichuan2, mesh: Mesh, *, precision: str) -> Layout:
+    """Lay a model that is not trained over the ranks of `mesh`, in place: the tensor-parallel ranks share it,
+    all others have copies, so that each decodes at a pace of its own. Every rank must call it.
+
+    The mesh has neither stages nor shards. The parameters are in the precision that the model computes in:
+    fp32 ones, as in training, would take twice the memory for nothing.
+    """
+    assert mesh.pipeline == mesh.shard == 1
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if mesh.tensor > 1:
+        cut_layers(model, mesh, sequence_parallel=False)
+    model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    model.eval()
+    parts = Parts(mesh, shapes, model.shape["num_layers"])
+    return Layout(
+        model, mesh, parts, None, sequence_parallel=False, keep_gathered=True, defer_reduction=False
+    )
+
+
 @dataclass(frozen=True)
 class Layout:
     """A model laid over the ranks.
@@ -91,10 +112,14 @@ class Layout:
         """The weights of which this rank has a part."""
         return [name for name, _ in self.model.named_parameters()]
 
-    @torch.no_grad()
     def assign(self, name: str, whole: Tensor) -> None:
         """Give the weight `name` this rank's part of a whole tensor."""
-        shard.local(self.model.get_parameter(name).detach()).copy_(self.parts.mine(name, whole))
+        self.put(name, self.parts.mine(name, whole))
+
+    @torch.no_grad()
+    def put(self, name: str, part: Tensor) -> None:
+        """Give the weight `name` this rank's part (see `Parts.slices`)."""
+        shard.local(self.model.get_parameter(name).detach()).copy_(part)
 
     def train(self, batch: list[MicroBatch], scale: float) -> Tensor:
         """Forward and backward passes of the micro batches of a step: their loss sums [micro batches], zeros
@@ -136,6 +161,35 @@ class Layout:
         shard.release_gathered(self.model)
         self.model.train()
         return self._all_or_zeros(losses, batch)
+
+    @torch.no_grad()
+    def logits(
+        self,
+        input_ids: Tensor,
+        *,
+        segment_ids: Tensor | None,
+        at: Tensor,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """Logits of the whole vocabulary at some positions, fp32 [n, vocabulary], the same bits on every rank
+        of a copy. Of a layout without stages. The arguments are the model's, `at` its `logits_at`."""
+        assert self.pipeline is None
+        device = self.mesh.world.device
+        part: Tensor = self.model(
+            input_ids.to(device),
+            segment_ids=None if segment_ids is None else segment_ids.to(device),
+            cache=cache,
+            logits_at=at.to(device),
+        )
+        return self.parts.joined(part, 1, self.model.shape["vocab_size"], "tensor")
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank of this copy says so. One small exchange, where there are several."""
+        if self.mesh.tensor == 1:
+            return flag
+        flags = torch.tensor([int(flag)], device=self.mesh.world.device)
+        dist.all_reduce(flags, group=self.mesh.group("tensor"))
+        return bool(flags.item())
 
     def _forward(self, given: Tensor, part: MicroBatch) -> Tensor:
         device = self.mesh.world.device

@@ -7,7 +7,7 @@ each part along dim 0 over the ranks that share it. Gradients and moments lie as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -35,42 +35,66 @@ class Parts:
         """The stage that holds a weight."""
         return stage_of(name, self.num_layers, self.mesh.pipeline)
 
+    def slices(self, name: str) -> tuple[slice, ...]:
+        """Which rows, and of a matrix which columns, of the weight `name` are this rank's."""
+        shape, dim = self.shapes[name], tensor_cut(name).dim
+        found = [slice(0, size) for size in shape]
+        if dim is not None:
+            found[dim] = span(shape[dim], self.mesh.tensor, self.mesh.tensor_rank)
+        first, rows = found[0].start, found[0].stop - found[0].start
+        shard = span(rows, self.mesh.shard, self.mesh.shard_rank)
+        found[0] = slice(first + shard.start, first + shard.stop)
+        return tuple(found)
+
     def mine(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a whole tensor that is, or lies like, the weight `name`; a view."""
         assert tuple(whole.shape) == self.shapes[name], name
-        dim = tensor_cut(name).dim
-        if dim is not None:
-            whole = _narrow(whole, dim, span(whole.shape[dim], self.mesh.tensor, self.mesh.tensor_rank))
-        return _narrow(whole, 0, span(whole.shape[0], self.mesh.shard, self.mesh.shard_rank))
+        return whole[self.slices(name)]
 
     def whole(self, part_of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """On rank 0 every tensor, name and whole value, one after another; on the others nothing.
+        """On rank 0 every tensor, name and whole value (fp32, on the host), one after another; on the others
+        nothing.
 
         Every rank must walk through it to the end. `part_of` gives this rank's part of a tensor. No rank
-        holds more than one whole tensor at a time, rank 0 but for those it is asked to keep.
+        holds more than one whole tensor at a time, rank 0 but for those it is asked to keep. What passes
+        between ranks passes through `World.host_group`, so that the devices may go on with other work.
         """
-        for name in self.shapes:
-            stage = self.stage(name)
-            tensor = None
-            if stage == self.mesh.stage and self.mesh.replicate_rank == 0:
-                tensor = self._gathered(name, part_of(name))
-            tensor = self._brought(name, stage, tensor)
-            if tensor is not None and self.mesh.world.rank == 0:
+        group, rank = self.mesh.world.host_group, self.mesh.world.rank
+        ranks = [self._seen_from(other) for other in range(self.mesh.world.size)]
+        for name, shape in self.shapes.items():
+            holders = [other for other, parts in enumerate(ranks) if parts._speaks_for(name)]
+            if rank == 0:
+                if holders == [0]:
+                    yield name, part_of(name).cpu()
+                    continue
+                tensor = torch.empty(shape, dtype=torch.float32)
+                for other in holders:
+                    place = tensor[ranks[other].slices(name)]
+                    if other == 0:
+                        place.copy_(part_of(name))
+                    elif place.numel():
+                        part = torch.empty(place.shape, dtype=torch.float32)
+                        dist.recv(part, src=other, group=group)
+                        place.copy_(part)
                 yield name, tensor
+            elif rank in holders:
+                part = part_of(name).cpu().contiguous()
+                if part.numel():  # nothing is not sent
+                    dist.send(part, dst=0, group=group)
 
-    def _gathered(self, name: str, part: Tensor) -> Tensor | None:
-        """The whole tensor, on the first rank of its stage."""
-        mesh, shape, dim = self.mesh, list(self.shapes[name]), tensor_cut(name).dim
-        if dim is not None:
-            rows = span(shape[dim], mesh.tensor, mesh.tensor_rank)
-            shape[dim] = rows.stop - rows.start
-        part = self._joined(part, 0, shape[0], "shard", mesh.shard)
-        if mesh.shard_rank == 0 and dim is not None:
-            part = self._joined(part, dim, self.shapes[name][dim], "tensor", mesh.tensor)
-        return part if mesh.shard_rank == mesh.tensor_rank == 0 else None
+    def _seen_from(self, rank: int) -> Parts:
+        """The same as another rank has it."""
+        return replace(self, mesh=replace(self.mesh, world=replace(self.mesh.world, rank=rank)))
 
-    def _joined(self, part: Tensor, dim: int, length: int, axis: str, degree: int) -> Tensor:
-        """The parts of all ranks of an axis in one, `length` along `dim`."""
+    def _speaks_for(self, name: str) -> bool:
+        """Whether this rank has a part of a weight that no rank before it has."""
+        mesh = self.mesh
+        once = mesh.replicate_rank == 0 and (mesh.tensor_rank == 0 or tensor_cut(name).dim is not None)
+        return once and self.stage(name) == mesh.stage
+
+    def joined(self, part: Tensor, dim: int, length: int, axis: str) -> Tensor:
+        """The parts that the ranks of an axis have of a tensor in one, `length` along `dim`."""
+        degree = getattr(self.mesh, axis)
         if degree == 1:
             return part
         part = part.movedim(dim, 0)
@@ -80,21 +104,3 @@ class Parts:
         joined = part.new_empty(size * degree, *part.shape[1:])
         dist.all_gather_single(joined, padded, group=self.mesh.group(axis))
         return joined[:length].movedim(0, dim)
-
-    def _brought(self, name: str, stage: int, tensor: Tensor | None) -> Tensor | None:
-        """The whole tensor, on rank 0."""
-        mesh = self.mesh
-        if stage == 0 or mesh.replicate_rank or mesh.shard_rank or mesh.tensor_rank:
-            return tensor
-        group = mesh.group("pipeline")
-        if mesh.stage == stage:
-            assert tensor is not None
-            dist.send(tensor.contiguous(), dst=dist.get_global_rank(group, 0), group=group)
-        elif mesh.stage == 0:
-            tensor = torch.empty(self.shapes[name], dtype=torch.float32, device=mesh.world.device)
-            dist.recv(tensor, src=dist.get_global_rank(group, stage), group=group)
-        return tensor
-
-
-def _narrow(tensor: Tensor, dim: int, part: slice) -> Tensor:
-    return tensor.narrow(dim, part.start, part.stop - part.start)

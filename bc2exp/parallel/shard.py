@@ -1,8 +1,10 @@
 """Data parallelism with FSDP2: who holds which part of parameters, gradients and moments, and the precision.
 
 Ranks of the mesh's `shard` axis share them, those of `replicate` each have them; `ddp` is (replicate N,
-shard 1). bf16 goes through FSDP2 on one rank too, as its mixed precision is what keeps parameters, moments
-and the reduction of gradients in fp32 while the model computes in bf16. In fp32 one data rank needs nothing.
+shard 1). bf16 goes through FSDP2 in every layout of several ranks, as its mixed precision is what keeps
+parameters, moments and the reduction of gradients in fp32 while the model computes in bf16. In fp32 one data
+rank needs nothing. A rank alone casts each weight where it is used: FSDP2 would gather from nobody and reduce
+with nobody, which on a CPU copied every parameter and gradient several times a step.
 """
 
 from __future__ import annotations
@@ -23,12 +25,15 @@ from bc2exp.parallel.mesh import Mesh
 
 def needs_sharding(mesh: Mesh, precision: str) -> bool:
     """Whether FSDP2 is used at all."""
-    return mesh.num_data_ranks > 1 or precision == "bf16"
+    alone = mesh.num_data_ranks * mesh.tensor * mesh.pipeline == 1
+    return mesh.num_data_ranks > 1 or (precision == "bf16" and not alone)
 
 
 def shard_layers(model: Baichuan2, mesh: Mesh, *, precision: str, zero_stage: int) -> None:
     """Wrap every layer, the embedding and the head, and then the model, in place. Parameters are fp32."""
     if not needs_sharding(mesh, precision):
+        if precision == "bf16":
+            model.compute_in(torch.bfloat16)
         return
     axes = ("replicate", "shard") if mesh.replicate > 1 else "shard"
     compute = torch.bfloat16 if precision == "bf16" else None

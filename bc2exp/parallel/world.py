@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from bc2exp.hardware import HOST, get_backend
 from bc2exp.hardware.base import Backend
+
+_BESIDE = "beside"
+"""What the group between hosts is called."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,17 @@ class World:
     def device(self) -> torch.device:
         """The device this rank computes on."""
         return self.backend.device(self.local_rank)
+
+    @cached_property
+    def host_group(self) -> dist.ProcessGroup | None:
+        """A second connection of all ranks, between their hosts' memories; None where there is one rank.
+
+        Whoever uses it, from any thread, is in nobody's way on the devices. Every rank must ask for it, as
+        the first time makes it, and it carries one conversation at a time.
+        """
+        if self.size == 1:
+            return None
+        return dist.new_group(backend=get_backend(HOST).collectives, group_desc=_BESIDE)
 
     def join(self) -> None:
         """Meet the other ranks. torchrun's environment says where; a single rank meets itself, because
@@ -61,3 +78,23 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
+
+
+def exchanges_begun() -> dict[str, int]:
+    """How many exchanges this rank has begun in each group of ranks, by the group's name.
+
+    Alike on all ranks of a group that have met. Of groups whose ranks send to one another, as the stages of a
+    pipeline and the hosts do, nothing is said: there every rank has its own number. Any thread may ask at any
+    time. Empty where a device's groups do not count.
+    """
+    if not dist.is_initialized():
+        return {}
+    try:
+        # torch's own count, which it compares in its debug mode; it has no public name
+        return {
+            name: group._get_sequence_number_for_group()  # type: ignore[attr-defined]
+            for group, name in dict(distributed_c10d._world.pg_names).items()
+            if not group.group_desc.endswith(("pipeline", _BESIDE))
+        }
+    except (AttributeError, RuntimeError):  # not counted there, or this rank is just leaving
+        return {}

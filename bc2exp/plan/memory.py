@@ -8,8 +8,9 @@ Legend: P stages, m micro batches of a step, f of them in flight in a stage, L l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,11 +19,9 @@ from bc2exp.model.baichuan2 import Baichuan2
 from bc2exp.parallel.layout import parallelize
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.shard import local, needs_sharding
-from bc2exp.plan.trace import Passes
+from bc2exp.plan.trace import Pass, Passes
 
 FP32 = 4
-GATHERED_AHEAD = 2
-"""Layers that are whole at one time where parameters are sharded: the one at work and the one fetched."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,11 @@ class Memory:
     """Bytes on one rank.
 
     Attributes:
-        parameters, gradients: fp32.
+        parameters: fp32.
+        gradients: fp32, those that are there at the highest moment of a step.
         optimizer: both moments of AdamW, and the counters of its steps.
         gathered: copies of parameters in the type of computing, and gradients on their way to their shard.
-        activations: the most that forward and backward passes hold beside all that.
+        activations: what forward and backward passes hold beside all that.
     """
 
     parameters: int
@@ -41,11 +41,6 @@ class Memory:
     optimizer: int
     gathered: int
     activations: int
-
-    @property
-    def state(self) -> int:
-        """What a rank holds between steps."""
-        return self.parameters + self.gradients + self.optimizer
 
     @property
     def total(self) -> int:
@@ -91,7 +86,7 @@ def memory_of(
     defer_reduction: bool,
     num_micro_batches: int,
 ) -> Memory:
-    """The memory of the rank that `mesh` is seen from.
+    """The memory of the rank that `mesh` is seen from, at the moment of a step when it is highest.
 
     Args:
         own: {name: elements} of its parts of the weights.
@@ -99,37 +94,115 @@ def memory_of(
         keep_gathered, defer_reduction: see `Layout`.
     """
     groups = groups_of(whole)
-    gathered = 0
-    if needs_sharding(mesh, precision):
-        size = 2 if precision == "bf16" else FP32
-        gathered = _gathered(groups, size, keep=keep_gathered, defer=defer_reduction)
-    num_layers = sum(group.startswith("layers.") for group in groups)
-    return Memory(*state_bytes(own), gathered, _activations(mesh, passes, num_layers, num_micro_batches))
+    step = _Step(
+        mesh=mesh,
+        passes=passes,
+        whole=groups,
+        own=groups_of(own),
+        num_layers=sum(group.startswith("layers.") for group in groups),
+        num_micro_batches=num_micro_batches,
+        compute=2 if precision == "bf16" else FP32,
+        shards=needs_sharding(mesh, precision),
+        keep=keep_gathered,
+        defer=defer_reduction,
+    )
+    parameters, _, optimizer = state_bytes(own)
+    highest = max(step.moments(), key=sum)
+    return Memory(parameters, highest.gradients, optimizer, highest.gathered, highest.activations)
 
 
-def _gathered(groups: dict[str, int], size: int, *, keep: bool, defer: bool) -> int:
-    """FSDP2's working memory. A group is gathered in the computing type; its gradients wait in that type for
-    the end of its backward pass, and are copied to fp32 to be reduced."""
-    everything, largest = sum(groups.values()), max(groups.values())
-    reduced = largest * (size + FP32) + (everything * FP32 if defer else 0)
-    if keep:
-        return everything * size + reduced
-    layers = sorted((count for group, count in groups.items() if group.startswith("layers.")), reverse=True)
-    held = max(sum(layers[:GATHERED_AHEAD]) + groups.get("head", 0), groups.get("embed_tokens", 0))
-    return held * size + reduced
+class Moment(NamedTuple):
+    """What a rank holds beside parameters and AdamW's state at a moment of a step, bytes."""
+
+    gradients: int
+    gathered: int
+    activations: int
 
 
-def _activations(mesh: Mesh, passes: Passes, num_layers: int, num_micro_batches: int) -> int:
-    """The highest of the points at which a stage may hold most: in the last layer's forward or backward pass,
-    in the head's, with everything that the micro batches in flight keep."""
-    layer, head = passes.layer, passes.head
-    first = passes.embedding.kept if mesh.first_stage else passes.hidden
-    before_last = first + (num_layers - 1) * layer.kept
-    kept = before_last + layer.kept
-    # for the backward pass the gradient of the layer's output has come in, from the head or the stage behind
-    points = [before_last + layer.forward_peak, before_last + layer.backward_peak]
-    if mesh.last_stage:
-        points += [kept + head.forward_peak, kept + head.backward_peak]
-        kept += head.kept
-    in_flight = min(num_micro_batches, mesh.pipeline - mesh.stage)
-    return (in_flight - 1) * kept + max(points)
+@dataclass(frozen=True)
+class _Step:
+    """One optimizer step of a stage, with as many micro batches in flight as it comes to hold.
+
+    Where it accumulates, every gradient is there from the first micro batch on; else each comes with the
+    backward pass of its group, while the activations of the groups behind are gone already. FSDP2 gathers a
+    group in the computing type, and from backward its gradients wait in that type for the end of the group's
+    pass, are copied to fp32 and reduced; this copy lies there until the next group's is made.
+
+    Args:
+        whole, own: {group: elements} of the stage, before and after they are cut into shards.
+        compute: bytes of a number in the computing type.
+        shards: whether FSDP2 is used.
+    """
+
+    mesh: Mesh
+    passes: Passes
+    whole: dict[str, int]
+    own: dict[str, int]
+    num_layers: int
+    num_micro_batches: int
+    compute: int
+    shards: bool
+    keep: bool
+    defer: bool
+
+    def moments(self) -> Iterator[Moment]:
+        """The moments of which one is the highest: the head and the last layer at work, forward and backward,
+        the first layer and the embedding on the way back, and the optimizer's step."""
+        layer, head, embedding = self.passes.layer, self.passes.head, self.passes.embedding
+        base = embedding.kept if self.mesh.first_stage else self.passes.hidden
+        before_last = base + (self.num_layers - 1) * layer.kept
+        kept = before_last + layer.kept + (head.kept if self.mesh.last_stage else 0)
+        others = (self._in_flight - 1) * kept
+        layers = [group for group in self.whole if group.startswith("layers.")]
+        done = []
+        if self.mesh.last_stage:
+            yield self._forward("head", others + before_last + layer.kept + head.forward_peak)
+            yield self._backward("head", [], others + before_last + layer.kept, head)
+            done = ["head"]
+        yield self._forward(layers[-1], others + before_last + layer.forward_peak)
+        yield self._backward(layers[-1], done, others + before_last, layer)
+        done += layers[:0:-1]
+        yield self._backward(layers[0], done, others + base, layer)
+        if self.mesh.first_stage:
+            yield self._backward("embed_tokens", [*done, layers[0]], others, embedding)
+        yield Moment(sum(self.own.values()) * FP32, 0, others)
+
+    @property
+    def _in_flight(self) -> int:
+        return min(self.num_micro_batches, self.mesh.pipeline - self.mesh.stage)
+
+    @property
+    def _accumulated(self) -> bool:
+        """Whether earlier micro batches have left their gradients when most are in flight."""
+        return self.num_micro_batches > self._in_flight
+
+    def _forward(self, group: str, activations: int) -> Moment:
+        """The moment at which `group` is at work on its output."""
+        gradients = sum(self.own.values()) * FP32 if self._accumulated else 0
+        gathered = self._gathered(group, []) * self.compute + self._deferred if self.shards else 0
+        return Moment(gradients, gathered, activations)
+
+    def _backward(self, group: str, done: list[str], activations: int, passed: Pass) -> Moment:
+        """The moment at which `group` is on the way back; the backward pass of those in `done` has ended."""
+        there = self.own if self._accumulated else done
+        gradients = sum(self.own[name] for name in there) * FP32
+        if not self.shards:
+            # a gradient that is there is added to
+            peak = passed.backward_peak if self._accumulated else passed.backward_peak_and_gradients
+            return Moment(gradients, 0, activations + peak)
+        gathered = self._gathered(group, done) * self.compute + self._deferred
+        reduced = self.whole[done[-1]] * FP32 if done else 0
+        return Moment(gradients, gathered + reduced, activations + passed.backward_peak_and_gradients)
+
+    @property
+    def _deferred(self) -> int:
+        """Whole gradients that wait for the last micro batch."""
+        return sum(self.whole.values()) * FP32 if self.defer and self._accumulated else 0
+
+    def _gathered(self, group: str, done: list[str]) -> int:
+        """Elements of the parameters that are whole while `group` works: the next one is fetched by then."""
+        if self.keep:
+            freed = () if self._accumulated else done  # only in the last micro batch
+            return sum(count for name, count in self.whole.items() if name not in freed)
+        ahead = next((name for name in reversed(self.whole) if name not in (*done, group)), None)
+        return self.whole[group] + (self.whole[ahead] if ahead is not None else 0)

@@ -165,7 +165,8 @@ class Planner:
         return Mesh(world, choice.pipeline, choice.replicate, choice.shard, choice.tensor)
 
     def _trace(self, choice: Choice, rows: int) -> Passes:
-        key = choice.tensor, choice.sequence_parallel, choice.recompute, rows
+        single = choice.num_data_ranks * choice.tensor * choice.pipeline == 1
+        key = choice.tensor, choice.sequence_parallel, choice.recompute, rows, single
         if key not in self._traces:
             with alone(0, choice.tensor):
                 world = World(0, choice.tensor, 0, choice.tensor, get_backend(HOST))
@@ -176,6 +177,7 @@ class Planner:
                     rows=rows,
                     length=self.length,
                     dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
+                    wide=single,
                     sequence_parallel=choice.sequence_parallel,
                     recompute=choice.recompute,
                 )
@@ -213,6 +215,10 @@ def _extrapolate(one: Passes, two: Passes, rows: int) -> Passes:
             kept=line(first.kept, second.kept),
             forward_peak=line(first.forward_peak, second.forward_peak),
             backward_peak=line(first.backward_peak, second.backward_peak),
+            backward_peak_and_gradients=max(
+                line(first.backward_peak_and_gradients, second.backward_peak_and_gradients),
+                line(first.backward_peak, second.backward_peak),
+            ),
             sent={kind: line(first.sent[kind], second.sent[kind]) for kind in first.sent},
             calls={kind: line(first.calls[kind], second.calls[kind]) for kind in first.calls},
         )

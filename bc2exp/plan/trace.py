@@ -35,6 +35,7 @@ class Pass:
     Attributes:
         kept: alive after forward, its output included, its input not.
         forward_peak, backward_peak: most alive at one time, `kept` included, input and state not.
+        backward_peak_and_gradients: the same with the gradients of the module's weights, as they come.
         calls: {collective: times} of both passes.
         sent: {collective: bytes}: what a rank gives into them.
     """
@@ -42,6 +43,7 @@ class Pass:
     kept: int
     forward_peak: int
     backward_peak: int
+    backward_peak_and_gradients: int
     calls: dict[str, int]
     sent: dict[str, int]
 
@@ -67,6 +69,7 @@ class Meter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
+        self.gradients = self.peak_and_gradients = 0
         self.calls: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
@@ -76,6 +79,11 @@ class Meter(TorchDispatchMode):
         for tensor in tensors:
             self._forget(tensor.untyped_storage()._cdata)
             self._see(tensor, counted=False)
+
+    def is_gradient(self, tensor: Tensor) -> None:
+        """From now on it is state: leave it out, but of the peak with gradients."""
+        self.gradients += tensor.untyped_storage().nbytes()
+        self.leave_out(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -94,6 +102,7 @@ class Meter(TorchDispatchMode):
         size = storage.nbytes() if counted else 0
         self.live += size
         self.peak = max(self.peak, self.live)
+        self.peak_and_gradients = max(self.peak_and_gradients, self.live + self.gradients)
         self._alive[key] = size, weakref.ref(storage, lambda _: self._forget(key))
 
     def _forget(self, key: int) -> None:
@@ -117,18 +126,21 @@ def trace(
     rows: int,
     length: int,
     dtype: torch.dtype,
+    wide: bool,
     sequence_parallel: bool,
     recompute: str,
 ) -> Passes:
     """Run the parts of a model of `shape` (`Baichuan2.shape`) on a micro batch of rows x length tokens.
 
+    `dtype` is what it computes in; the weights are in it, too, or `wide`: fp32, and cast where they are used.
     The process group of `mesh` has no peers (`alone`). Every position has a label.
     """
     if mesh.tensor > 1:
         mesh.group("tensor")  # made before nothing is real any more
     sequence = length // mesh.tensor if sequence_parallel and mesh.tensor > 1 else length
-    with FakeTensorMode(), _default_dtype(dtype):
+    with FakeTensorMode(), _default_dtype(torch.float32 if wide else dtype):
         model = Baichuan2(**{**shape, "num_layers": 1}, ops=ops)
+        model.compute_in(dtype)
         if mesh.tensor > 1:
             cut_layers(model, mesh, sequence_parallel=sequence_parallel)
         set_recompute(model, recompute)
@@ -137,7 +149,7 @@ def trace(
         assert head is not None
         assert norm is not None
         ids = torch.zeros(rows, length, dtype=torch.int64)
-        hidden = torch.zeros(rows, sequence, shape["hidden_size"])
+        hidden = torch.zeros(rows, sequence, shape["hidden_size"], dtype=dtype)
         context = model._context(length, ids.device, None, None, None)
 
         def run_head(given: Tensor) -> Tensor:
@@ -163,18 +175,19 @@ def _measure(model: nn.Module, run: Any, given: Tensor, *others: Tensor) -> Pass
 
     def is_state_now(parameter: Tensor) -> None:
         assert parameter.grad is not None
-        meter.leave_out(parameter.grad)
+        meter.is_gradient(parameter.grad)
 
     hooks = [p.register_post_accumulate_grad_hook(is_state_now) for p in model.parameters()]
     with meter:
         output = run(given)
-        kept, forward_peak, meter.peak = meter.live, meter.peak, meter.live
+        kept, forward_peak = meter.live, meter.peak
+        meter.peak = meter.peak_and_gradients = meter.live
         output.backward(torch.ones_like(output))
     for hook in hooks:
         hook.remove()
     for parameter in model.parameters():
         parameter.grad = None
-    return Pass(kept, forward_peak, meter.peak, dict(meter.calls), dict(meter.sent))
+    return Pass(kept, forward_peak, meter.peak, meter.peak_and_gradients, dict(meter.calls), dict(meter.sent))
 
 
 def _tensors(context: Any) -> list[Tensor]:

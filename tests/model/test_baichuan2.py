@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bc2exp.hardware import eager, get_backend
-from bc2exp.hardware.base import Ops
 from bc2exp.model import Baichuan2, KeyValueCache, NormHead, init_weights, parameter_count
 from bc2exp.model.baichuan2 import Attention, Context
 from bc2exp.model.positions import alibi_slopes, rope_tables
@@ -94,7 +94,7 @@ def test_rotary_positions_restart_in_every_segment():
         seen.append(cos)
         return eager.rotary(x, cos, sin)
 
-    model = small_model("rope", ops=Ops(eager.attention, eager.rms_norm, eager.swiglu, rotary))
+    model = small_model("rope", ops=replace(eager.OPS, rotary=rotary))
     model(random_ids(1, 7), torch.tensor([[1, 1, 1, 2, 2, 0, 0]]))
     expected, _ = rope_tables(torch.tensor([0, 1, 2, 0, 1, 0, 1]), 8, 10000.0)
     assert len(seen) == 4
@@ -305,7 +305,7 @@ def test_positions_stay_fp32_under_mixed_precision(position):
         seen.add(("attention", q.dtype, None if slopes is None else slopes.dtype))
         return eager.attention(q, k, v, slopes=slopes, **others)
 
-    ops = Ops(attention, eager.rms_norm, eager.swiglu, rotary)
+    ops = replace(eager.OPS, attention=attention, rotary=rotary)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         model = small_model(position, ops=ops)
@@ -325,7 +325,7 @@ def test_positions_stay_fp32_under_mixed_precision(position):
 
 
 def test_head_logits_are_against_unit_rows():
-    head = NormHead(VOCAB, 48, 0.0)
+    head = NormHead(VOCAB, 48, 0.0, eager.OPS)
     torch.nn.init.normal_(head.weight, std=3.0)
     hidden = torch.randn(2, 5, 48)
     rows = head.weight / head.weight.norm(dim=1, keepdim=True)

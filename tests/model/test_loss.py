@@ -56,6 +56,31 @@ def test_equals_the_plain_loss_at_every_chunk_size_and_scale(chunk_tokens, facto
         torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("length", [59.0, 61.0, 1000.0])
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.01])
+def test_hidden_states_of_any_length(length, z_loss_weight):
+    """The exponential of 1,000 is no number in fp32, and that of -1,000 is nought."""
+    hidden, weight, labels, _ = problem()
+    with torch.no_grad():
+        hidden *= length / torch.linalg.vector_norm(hidden, dim=1, keepdim=True)
+        hidden[3] = length * F.normalize(weight[7], dim=0)  # this one's largest logit is its length
+        hidden[4] = -hidden[3]
+        labels[3:5] = 7
+    expected = plain(hidden, weight, labels, z_loss_weight=z_loss_weight)
+    ours = norm_head_loss_sum(hidden, weight, labels, chunk_tokens=8, z_loss_weight=z_loss_weight)
+    torch.testing.assert_close(ours[0], expected, rtol=1e-6, atol=0)
+    for mine, their in zip(gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5 * length)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_visible(value):
+    hidden, weight, labels, _ = problem()
+    with torch.no_grad():
+        hidden[int((labels != -100).nonzero()[0])] = value
+    assert not norm_head_loss_sum(hidden, weight, labels).isfinite()
+
+
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("ratio", [None, 0.7])
 def test_z_loss_counts_every_real_position(padding, ratio):
@@ -138,17 +163,28 @@ def test_a_row_of_zeros_divides_nothing_by_zero():
         torch.testing.assert_close(mine, their, rtol=1e-5, atol=1e-5)
 
 
+SHARD_CASES = [(0.0, 1.0), (0.3, 1.0), (0.0, 40.0)]
+"""Weight of the z-loss, and a factor of the hidden states; they are about 5 long."""
+
+
+def shard_problem(case):
+    z_loss_weight, factor = case
+    hidden, weight, labels, real = problem()
+    # A copy of a row in the other shard: the largest logit may then be in both.
+    weight = torch.cat((weight[:100], weight[:11], weight[111:])).detach().requires_grad_()
+    hidden = (factor * hidden.detach()).requires_grad_()
+    return z_loss_weight, hidden, weight, labels, real
+
+
 def _run_shard(rank: int, folder: str) -> None:
     """One rank of two: the loss and gradients of its shard, 100 and 111 words, written to the folder."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     results = {}
-    for z_loss_weight in (0.0, 0.3):
-        hidden, weight, labels, real = problem()
+    for case in SHARD_CASES:
+        z_loss_weight, hidden, weight, labels, real = shard_problem(case)
         start, stop = ((0, 100), (100, VOCAB))[rank]
-        # A copy of a row in the other shard: the largest logit may then be in both.
-        weight = torch.cat((weight[:100], weight[:11], weight[111:])).detach()
-        shard = weight[start:stop].clone().requires_grad_()
+        shard = weight.detach()[start:stop].clone().requires_grad_()
         loss = norm_head_loss_sum(
             hidden,
             shard,
@@ -160,7 +196,7 @@ def _run_shard(rank: int, folder: str) -> None:
             vocab_size=VOCAB,
             group=dist.group.WORLD,
         )
-        results[z_loss_weight] = (loss.detach(), *gradients(loss, hidden, shard))
+        results[case] = (loss.detach(), *gradients(loss, hidden, shard))
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -168,13 +204,13 @@ def _run_shard(rank: int, folder: str) -> None:
 def test_two_vocabulary_shards_equal_the_whole(tmp_path: Path):
     mp.start_processes(_run_shard, args=(str(tmp_path),), nprocs=2, start_method="spawn")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for z_loss_weight in (0.0, 0.3):
-        hidden, weight, labels, real = problem()
-        weight = torch.cat((weight[:100], weight[:11], weight[111:])).detach().requires_grad_()
+    for case in SHARD_CASES:
+        z_loss_weight, hidden, weight, labels, real = shard_problem(case)
+        tolerances = {"rtol": 1e-5, "atol": 1e-5 * case[1] ** 2}  # logits and states are that much larger
         expected = plain(hidden, weight, labels, real, z_loss_weight)
         grad_hidden, grad_weight = gradients(expected, hidden, weight)
-        (loss0, hidden0, weight0), (loss1, hidden1, weight1) = (rank[z_loss_weight] for rank in ranks)
+        (loss0, hidden0, weight0), (loss1, hidden1, weight1) = (rank[case] for rank in ranks)
         assert torch.equal(loss0, loss1)
         torch.testing.assert_close(loss0[0], expected, rtol=1e-6, atol=0)
-        torch.testing.assert_close(hidden0 + hidden1, grad_hidden, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(torch.cat((weight0, weight1)), grad_weight, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(hidden0 + hidden1, grad_hidden, **tolerances)
+        torch.testing.assert_close(torch.cat((weight0, weight1)), grad_weight, **tolerances)

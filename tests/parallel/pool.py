@@ -87,6 +87,17 @@ def serve(pipe: Any) -> None:
                 )
                 joined = meeting_point
             world = World(rank=rank, size=size, local_rank=rank, local_size=size, backend=backend)
-            pipe.send((True, function(world, *arguments)))
+            answer = True, function(world, *arguments)
         except Exception:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        forget_groups()
+        pipe.send(answer)
+
+
+def forget_groups() -> None:
+    """End all groups of ranks but the one of all: each has threads that wake a hundred times a second."""
+    import torch.distributed as dist
+
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)

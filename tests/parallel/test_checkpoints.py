@@ -7,11 +7,11 @@ import torch
 
 from bc2exp.config.errors import UserError
 from bc2exp.parallel.shard import local
-from bc2exp.train import checkpoint as checkpoint_module
+from bc2exp.train import state as state_module
 from bc2exp.train.checkpoint import Progress
 from bc2exp.weights import load_hf_into, save_hf
 from tests.parallel.problem import CASES, adamw, laid_out, model_of, trainer_of
-from tests.train.parts import make_checkpoints
+from tests.train.parts import make_checkpoints, save
 
 NAME = "step-00000002"
 
@@ -22,13 +22,13 @@ def saved(world, folder, case, precision="fp32"):
     optimizer = adamw(layout)
     trainer = trainer_of(layout, optimizer, steps=2, evaluation=[], eval_every=None)
     trainer.run(0)
-    make_checkpoints(folder, world=world)[0].save(layout, optimizer, Progress(2, 16))
+    save(make_checkpoints(folder, world=world)[0], layout, optimizer, Progress(2, 16))
 
 
 def passed_on(world, source, target, case, precision="fp32", changes=None):
     """Load into other weights, save again; the loss of the step after the third as this layout goes on."""
     for name, value in (changes or {}).items():
-        setattr(checkpoint_module, name, value)
+        setattr(state_module, name, value)
     layout = laid_out(world, "7b", case, precision)
     with torch.no_grad():
         for parameter in layout.model.parameters():
@@ -38,7 +38,7 @@ def passed_on(world, source, target, case, precision="fp32", changes=None):
     progress = checkpoints.load_newest(layout, optimizer)
     assert progress == Progress(2, 16), told
     if target is not None:
-        make_checkpoints(target, world=world)[0].save(layout, optimizer, progress)
+        save(make_checkpoints(target, world=world)[0], layout, optimizer, progress)
     trainer = trainer_of(layout, optimizer, steps=4)
     trainer.run(2)
     return trainer.journal.series("train/loss"), trainer.journal.series("train/grad_norm")

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from bc2exp.model.plan import tensor_cut
 from bc2exp.parallel.shard import local
 from bc2exp.tasks import build
-from bc2exp.train import checkpoint
+from bc2exp.train import state
 from bc2exp.train.checkpoint import Progress
 from bc2exp.weights import hf_layout, load_hf_into, save_hf
 from tests.parallel.problem import (
@@ -26,7 +26,7 @@ from tests.parallel.problem import (
     model_of,
     trainer_of,
 )
-from tests.train.parts import ONE_RANK, make_checkpoints
+from tests.train.parts import ONE_RANK, make_checkpoints, save
 
 
 def nbytes(tensors):
@@ -159,9 +159,9 @@ def test_a_rank_is_filled_one_whole_tensor_at_a_time(tmp_path, monkeypatch, sour
         build.fill(layout, SimpleNamespace(weights=None), seed=0, init_std=0.1)
     elif source == "checkpoint":
         trainer_of(layout, optimizer, steps=1, evaluation=[], eval_every=None).run(0)
-        checkpoints.save(layout, optimizer, Progress(1, 8))
-        calling, most = alive_at_most(checkpoint.load_file)
-        monkeypatch.setattr(checkpoint, "load_file", calling)
+        save(checkpoints, layout, optimizer, Progress(1, 8))
+        calling, most = alive_at_most(state.load_file)
+        monkeypatch.setattr(state, "load_file", calling)
         assert checkpoints.load_newest(layout, optimizer) == Progress(1, 8)
     else:
         tensors = {name: torch.zeros(shape) for name, shape in layout.parts.shapes.items()}

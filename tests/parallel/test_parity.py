@@ -150,17 +150,17 @@ def test_parity_sees_a_mistake(ranks, references, bug, case):
 
 
 BF16 = {
-    "zero3 2": (1e-3, 5e-3, 1e-5),
-    "pp2": (1e-3, 5e-3, 1e-5),
+    "zero3 2": (1e-3, 5e-3, 5e-3),
+    "pp2": (1e-3, 5e-3, 5e-3),
     "tp2": (2e-3, 5e-3, 5e-2),
     "tp2 x pp2": (2e-3, 5e-3, 5e-2),
     "tp2 x zero3 2": (2e-3, 5e-3, 5e-2),
 }
 """What may lie between bf16 (8 bits) in a layout and on one rank: losses, norms, first gradient of a weight.
 
-Data ranks and stages round the same products alike; their fp32 sums differ in order, and what that leaves
-grows step by step. Tensor-parallel ranks round their sums before they are added up: that is as far from one
-rank as one rank is from fp32 (measured: gradients 3e-2, losses 1e-3).
+Data ranks and stages round the same products alike, but for the gradients of embedding and head, which a rank
+alone keeps in fp32 (measured: 2.2e-3 of the head's). Tensor-parallel ranks round their sums before they are
+added up: that is as far from one rank as one rank is from fp32 (measured: gradients 3e-2, losses 1e-3).
 """
 
 

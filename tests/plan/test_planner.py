@@ -155,7 +155,16 @@ def test_a_tensor_parallel_rank_has_an_eighth_and_a_zero_rank_a_part() -> None:
     assert shards.memory.parameters == pytest.approx(whole / 8, rel=0.001)
     kept = plans.plan(choice(shard=8, zero_stage=2, micro_batch=4))
     assert kept.memory.gathered > shards.memory.gathered + whole / 4  # bf16 copies of nearly everything
-    assert kept.memory.state == shards.memory.state
+    assert kept.memory.parameters == shards.memory.parameters
+    assert kept.memory.optimizer == shards.memory.optimizer
+
+
+def test_gradients_are_there_from_the_start_only_where_they_accumulate() -> None:
+    alone, accumulating = (planner(ROPE, 256, batch).plan(choice(micro_batch=2)).memory for batch in (2, 4))
+    assert accumulating.gradients == accumulating.parameters
+    # most is held when the head is at work, and then no layer has a gradient yet
+    assert alone.gradients == 0
+    assert alone.total < accumulating.total
 
 
 def test_the_exchanges_of_tensor_parallelism_are_counted() -> None:

@@ -1,0 +1,90 @@
+"""What benchmarks leave: ratios, tables that do not go stale, verdicts on later ones. Nothing is timed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import check  # noqa: E402
+import record  # noqa: E402
+
+NAMES = sorted(file.stem for file in record.RESULTS.glob("*.json"))
+
+
+def entry(value: float, better: str, target: float | None = None) -> dict:
+    return record.ratio(
+        "a case", "a figure", [value, 9 * value, 2 * value], [2.0, 1.0, 8.0], better=better, target=target
+    )
+
+
+def test_a_ratio_is_of_medians_and_of_the_best():
+    found = entry(3.0, "higher")
+    assert (found["value"], found["best"]) == (6.0 / 2.0, 3.0 / 1.0)
+    with pytest.raises(AssertionError):
+        entry(3.0, "faster")
+
+
+@pytest.mark.parametrize(
+    ("better", "target", "expected"),
+    [
+        ("higher", 2.9, True),
+        ("higher", 3.1, False),
+        ("lower", 3.1, True),
+        ("lower", 2.9, False),
+        ("lower", None, None),
+    ],
+)
+def test_a_target_is_reached_from_its_own_side(better, target, expected):
+    assert record.meets(entry(3.0, better, target)) is expected
+
+
+@pytest.mark.parametrize(
+    ("better", "today", "expected"),
+    [
+        ("higher", 2.6, False),
+        ("higher", 2.5, True),
+        ("higher", 9.0, False),
+        ("lower", 3.4, False),
+        ("lower", 3.5, True),
+        ("lower", 0.1, False),
+    ],
+)
+def test_a_later_ratio_may_be_worse_by_its_margin(better, today, expected):
+    committed = {"ratios": [entry(3.0, better), {**entry(3.0, better), "case": "nobody ran it"}]}
+    now = {"ratios": [{**entry(3.0, better), "value": today}]}
+    (found,) = check.verdicts(committed, now)
+    assert found[1:3] == (3.0, today)
+    assert found[4] is expected
+
+
+@pytest.mark.skipif(not NAMES, reason="no record is committed")
+def test_the_tables_are_those_of_the_records():
+    text = record.README.read_text()
+    assert record.render(text) == text
+    assert record.render(record.render(text)) == text
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_record_names_no_place_and_follows_from_its_samples(name):
+    found = record.read(name)
+    text = json.dumps(found)
+    assert not any(word in text for word in ("/home", "/tmp", "/root", "/work", "\\\\"))
+    assert (record.RESULTS / f"{name}.png").is_file()
+    assert found["samples"]
+    assert all(sample["values"] for sample in found["samples"])
+
+
+def test_a_table_that_has_no_place_is_said(tmp_path):
+    record.write("new", {"command": "c", "samples": [], "ratios": [entry(1.0, "lower")]}, tmp_path)
+    with pytest.raises(SystemExit, match="no place for new"):
+        record.render("nothing", tmp_path)
+    found = record.render("<!-- table new -->\nold\n<!-- end -->\nrest", tmp_path)
+    assert "| a case | a figure | 1.00 | 1.00 |  |  |" in found
+    assert "old" not in found
+    assert found.endswith("<!-- end -->\nrest")
