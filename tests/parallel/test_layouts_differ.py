@@ -19,8 +19,8 @@ UNITS = LAYERS + 2
 AGREED = 2
 """Sums over the world that every step of several ranks has: labels and wish to stop; loss and norm."""
 HEAD = 4
-"""Exchanges of the vocabulary's shards in a micro batch: the longest hidden state, the largest logit and whose it
-is (z-loss), the rest."""
+"""Exchanges of the vocabulary's shards in a micro batch: the longest hidden state, the largest logit and
+whose it is (z-loss), the rest."""
 PAIRS = 2 * LAYERS + 1
 """Pairs of matrices with an exchange on either side: attention and feed-forward; embedding and head are two
 halves of one more."""
