@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from bc2exp.hardware.base import Ops
 from bc2exp.model.cache import Cache
+from bc2exp.model.linear import Embedding, Linear
 from bc2exp.model.loss import NORM_EPS, norm_head_loss_sum, row_norms
 from bc2exp.model.positions import alibi_slopes, rope_tables, segment_positions
 
@@ -47,25 +48,6 @@ class Context:
         self.rope = rope  # cos and sin, fp32 [batch or 1, 1, sequence, head_dim]
         self.slopes = slopes  # fp32 [heads of the whole model]
         self.cache = cache
-
-
-class Linear(nn.Linear):
-    """A matrix without bias, used in the type of what it is given."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class Embedding(nn.Embedding):
-    """Rows of words, in the type `compute_dtype`; None: in their own."""
-
-    compute_dtype: torch.dtype | None = None
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).to(self.compute_dtype)
 
 
 class RMSNorm(nn.Module):

@@ -32,13 +32,13 @@ from bc2exp.hardware.base import Exponentials
 IGNORED_LABEL = -100
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
 CHUNK_BYTES = 96 * 2**20
-ROWS_OF_HIDDEN_SIZE = 3 / 8
-"""What the logits of a chunk take in the type they are kept in, or as rows the part of the hidden size,
-whichever is more, where the caller names no number of tokens.
+PART_OF_GRADIENT = 3 / 8
+"""What the logits of a chunk take in the type they are kept in, or the part of what the weight's gradient
+takes, whichever is more, where the caller names no number of tokens.
 
 Every chunk reads the weight and its gradient once, so larger chunks are faster. Measured with
-benchmarks/loss_memory.py: at 512 x 125,696 both say 96 MiB, the most that leaves the process well under a
-quarter of the plain path's memory.
+benchmarks/loss_memory.py: in fp32 at 512 x 125,696 both say 96 MiB, the most that leaves the process well
+under a quarter of the plain path's memory.
 """
 SAFE_LENGTH = 60.0
 """exp(60) times a million words is 1e32, exp(-60) is 1e-26; fp32 holds 1e-38 to 3e38."""
@@ -94,10 +94,7 @@ def norm_head_loss_sum(
     if chunk_tokens is None:
         # From the mean shard, not from this one: every rank has to take part in the same reductions.
         words_here = num_words if group is None else -(-num_words // group.size())
-        rows_wanted = max(
-            CHUNK_BYTES / (hidden.element_size() * words_here), ROWS_OF_HIDDEN_SIZE * weight.shape[1]
-        )
-        chunk_tokens = CHUNK_MULTIPLE * max(1, int(rows_wanted) // CHUNK_MULTIPLE)
+        chunk_tokens = _chunk_tokens(len(rows), words_here, hidden)
     shard = _Shard(vocab_start, weight.shape[0], group)
     longest = _longest(hidden.detach(), rows, shard)
     is_safe = every_row or longest.item() <= SAFE_LENGTH  # not so for a NaN
@@ -106,6 +103,16 @@ def norm_head_loss_sum(
         loss: Tensor = _NormHeadLoss.apply(hidden, weight, job)
         return loss
     return _loss_and_gradients(hidden, weight, job, False, False)[0]
+
+
+def _chunk_tokens(num_rows: int, words_here: int, hidden: Tensor) -> int:
+    """Rows of a chunk: as few chunks as may be, of about one size."""
+    gradient_bytes = 4 * words_here * hidden.shape[1]
+    row_bytes = hidden.element_size() * words_here
+    most = max(1, int(max(CHUNK_BYTES, PART_OF_GRADIENT * gradient_bytes) / row_bytes) // CHUNK_MULTIPLE)
+    multiples = max(1, -(-num_rows // CHUNK_MULTIPLE))
+    chunks = -(-multiples // most)
+    return CHUNK_MULTIPLE * -(-multiples // chunks)
 
 
 @dataclass(frozen=True)
@@ -186,6 +193,8 @@ class _NormHeadLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> Tensor:
         want_hidden, want_weight, _ = ctx.needs_input_grad
         loss, *ctx.gradients = _loss_and_gradients(hidden, weight, job, want_hidden, want_weight)
+        ctx.compute_dtype = hidden.dtype
+        ctx.save_for_backward(weight)
         return loss
 
     @staticmethod
@@ -196,25 +205,31 @@ class _NormHeadLoss(torch.autograd.Function):
             raise RuntimeError("the NormHead loss can be walked back only once")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
-        for gradient in (grad_hidden, grad_weight):
-            if gradient is not None:
-                gradient.mul_(grad_loss)
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_loss)
+        if grad_weight is not None:
+            (weight,) = ctx.saved_tensors
+            _through_normalisation_(grad_weight, weight, ctx.compute_dtype, grad_loss)
+            grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None
 
 
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, job: _Job, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss [1], gradient of hidden [T, H] and of weight [V, H] (None unless wanted)."""
-    weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
+    """Loss [1], its gradient for hidden [T, H], and fp32 inv * d/d(unit row) [V, H] (None unless wanted)."""
+    weight = weight.to(hidden.dtype)
     inverse_norms = row_norms(weight).clamp_min_(NORM_EPS).reciprocal_()
     loss = torch.zeros(1, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if want_weight else None
+    # The first chunk writes it, the others add to it.
+    grad_weight = torch.empty_like(weight, dtype=torch.float32) if want_weight else None
     num_rows = min(job.chunk_tokens, job.rows.shape[0])
     products = torch.empty(num_rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
     chunks = (part.split(job.chunk_tokens) for part in (job.rows, job.labels))
-    for rows, labels in zip(*chunks, strict=True):
+    if grad_weight is not None and not len(job.rows):
+        grad_weight.zero_()
+    for number, (rows, labels) in enumerate(zip(*chunks, strict=True)):
         h, n = hidden[rows], rows.shape[0]
         torch.mm(h, weight.T, out=products[:n])
         chunk_loss, sums = _loss_and_product_gradients_(products[:n], inverse_norms, labels, job)
@@ -222,10 +237,8 @@ def _loss_and_gradients(
         if grad_hidden is not None:
             grad_hidden[rows] = ((products[:n] @ weight) / sums[:, None]).to(hidden.dtype)
         if grad_weight is not None:
-            _add_product_(grad_weight, products[:n], (h / sums[:, None]).to(h.dtype))
-    if grad_weight is not None:
-        _through_normalisation_(grad_weight, weight, inverse_norms)
-        grad_weight = grad_weight.to(weight_dtype)
+            right = (h / sums[:, None]).to(h.dtype)
+            _add_product_(grad_weight, products[:n], right, keep=number > 0)
     return loss, grad_hidden, grad_weight
 
 
@@ -267,13 +280,21 @@ def _loss_and_product_gradients_(
     return loss, sums
 
 
-def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left^T right to `total`, fp32 [V, H]; left is [C, V] and right [C, H], of one type."""
+def _add_product_(total: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
+    """Adds left^T right to `total`, fp32 [V, H], or writes it there; left is [C, V] and right [C, H], of one
+    type."""
     if left.dtype == total.dtype:
-        total.addmm_(left.T, right)
+        if keep:
+            total.addmm_(left.T, right)
+        else:
+            torch.mm(left.T, right, out=total)
         return
     for words in _blocks(total.shape[0]):
-        total[words].add_((left[:, words].T @ right).float())
+        product = left[:, words].T @ right
+        if keep:
+            total[words].add_(product.float())
+        else:
+            total[words].copy_(product)
 
 
 def row_norms(weight: Tensor) -> Tensor:
@@ -283,14 +304,17 @@ def row_norms(weight: Tensor) -> Tensor:
     return torch.cat(norms)
 
 
-def _through_normalisation_(gradient: Tensor, weight: Tensor, inverse_norms: Tensor) -> None:
-    """Turns inv * d/d(unit row) [V, H] into d/d(row), in place."""
+def _through_normalisation_(gradient: Tensor, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> None:
+    """Turns inv * d/d(unit row), fp32 [V, H], into d/d(row) times `factor` [1], in place, in one pass over
+    gradient and weight. `dtype`: what the rows were cast to."""
     for words in _blocks(weight.shape[0]):
-        rows, inverse = weight[words].float(), inverse_norms[words]
-        along = (gradient[words] * rows).sum(dim=1) * inverse.square()
+        rows = weight[words].to(dtype).float()
+        inverse = torch.linalg.vector_norm(rows, dim=1).clamp_min_(NORM_EPS).reciprocal_()
+        scaled = gradient[words].mul_(factor)
+        along = (scaled * rows).sum(dim=1) * inverse.square()
         # A row shorter than the epsilon is divided by the epsilon, a constant.
         along *= inverse < 1.0 / NORM_EPS
-        gradient[words].addcmul_(rows, along[:, None], value=-1)
+        scaled.addcmul_(rows, along[:, None], value=-1)
 
 
 def _blocks(num_rows: int) -> Iterator[slice]:
