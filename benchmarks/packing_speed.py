@@ -21,18 +21,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from bc2exp.config.load import finalize, read
-from bc2exp.config.preflight import preflight
-from bc2exp.config.root import Config
-from bc2exp.hardware import get_backend
-from bc2exp.parallel.world import World
-from bc2exp.tasks.finetune import make_trainer
-from bc2exp.text.tokenizer import Tokenizer, find_tokenizer
-from bc2exp.tracking.journal import NullJournal
-from bc2exp.train.trainer import Trainer
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import given  # noqa: E402
+
+from bc2exp.config.root import Config  # noqa: E402
+from bc2exp.hardware import get_backend  # noqa: E402
+from bc2exp.parallel.world import World  # noqa: E402
+from bc2exp.tasks.finetune import make_trainer  # noqa: E402
+from bc2exp.text.tokenizer import Tokenizer, find_tokenizer  # noqa: E402
+from bc2exp.tracking.journal import NullJournal  # noqa: E402
+from bc2exp.train.trainer import Trainer  # noqa: E402
 
 FIRST = 20
 
@@ -74,11 +74,7 @@ def configure(args: argparse.Namespace, way: str, folder: Path) -> Config:
     ]
     words += [f"model.tokenizer={args.tokenizer}"] if args.tokenizer else []
     words += [f"task.micro_batch={args.micro_batch}"] if args.micro_batch else []
-    checked = preflight(words, sweep=False, folder=folder)
-    if checked.problems:
-        sys.exit("\n".join(checked.problems))
-    (folder / f"{way}.yaml").write_text(OmegaConf.to_yaml(finalize(checked.jobs[0], folder)))
-    return read(folder / f"{way}.yaml")
+    return given.configuration(words, folder)
 
 
 def make(config: Config, folder: Path, world: World) -> tuple[Trainer, int]:

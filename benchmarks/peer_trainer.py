@@ -1,7 +1,7 @@
-"""The other side of `train_step.py`: Hugging Face's Trainer with LlamaForCausalLM, in its best setting.
+"""The other side of `train_step.py` and `finetune.py`: Hugging Face's Trainer with LlamaForCausalLM.
 
-Run by `train_step.py` in an environment that holds torch, transformers and accelerate; it imports nothing of
-bc2exp. Prints one JSON object: seconds of every step, the loss of the first, and the peak of the process.
+Run by them in an environment that holds torch, transformers and accelerate; it imports nothing of bc2exp.
+Prints one JSON object: seconds of every step, the loss of the first, and the peak of the process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 
 class NormHead(nn.Linear):
@@ -51,45 +51,39 @@ class Clock(TrainerCallback):
 def main() -> None:
     """Train some steps."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", type=json.loads, required=True)
-    parser.add_argument("--batches", required=True, help="tokens [steps, batch, sequence + 1], .npy")
-    parser.add_argument("--weights", help="a folder that LlamaForCausalLM loads; fresh ones without it")
+    parser.add_argument("--rows", required=True, help=".npz of ids, labels, and the lengths of the rows")
+    parser.add_argument("--batch", type=int, required=True, help="rows a step")
+    parser.add_argument("--micro-batch", type=int, help="rows of a forward pass; all by default")
+    parser.add_argument("--length", type=int, help="what rows are padded to; the longest by default")
+    parser.add_argument("--weights", required=True, help="a folder that LlamaForCausalLM loads")
     parser.add_argument("--settings", type=json.loads, required=True)
     parser.add_argument("--norm-head", action="store_true")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    batches = np.load(args.batches)
-    steps, batch, length = batches.shape[0], batches.shape[1], batches.shape[2] - 1
-    shape = args.shape
-    if args.weights:
-        model = LlamaForCausalLM.from_pretrained(args.weights, dtype=torch.float32)
-    else:
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=shape["vocab_size"],
-                hidden_size=shape["hidden_size"],
-                intermediate_size=shape["intermediate_size"],
-                num_hidden_layers=shape["num_layers"],
-                num_attention_heads=shape["num_heads"],
-                num_key_value_heads=shape["num_heads"],
-                rms_norm_eps=1e-6,
-                tie_word_embeddings=False,
-                attn_implementation="sdpa",
-            )
-        )
+    given = np.load(args.rows)
+    ends = np.cumsum(given["lengths"])[:-1]
+    ids, labels = (
+        [torch.from_numpy(row) for row in np.split(given[name], ends)] for name in ("ids", "labels")
+    )
+    micro_batch = args.micro_batch or args.batch
+    model = LlamaForCausalLM.from_pretrained(args.weights, dtype=torch.float32)
     if args.norm_head:
-        head = NormHead(shape["hidden_size"], shape["vocab_size"], bias=False)
+        head = NormHead(model.config.hidden_size, model.config.vocab_size, bias=False)
         head.weight = model.lm_head.weight
         model.lm_head = head
     model.config.use_cache = False
-    rows = torch.from_numpy(batches.reshape(steps * batch, length + 1).astype(np.int64))
 
     def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        tokens = torch.stack([sample["tokens"] for sample in samples])
-        labels = tokens[:, 1:].contiguous()
-        return {"input_ids": tokens[:, :-1].contiguous(), "labels": labels, "shift_labels": labels}
+        length = args.length or max(len(sample["ids"]) for sample in samples)
+        padded = torch.zeros(len(samples), length, dtype=torch.int64)
+        wanted = torch.full((len(samples), length), -100)
+        for row, sample in enumerate(samples):
+            padded[row, : len(sample["ids"])] = sample["ids"]
+            wanted[row, : len(sample["ids"])] = sample["labels"]
+        # Padding stands behind the text, where causal attention never looks: no mask, which would cost.
+        return {"input_ids": padded, "labels": wanted, "shift_labels": wanted}
 
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
@@ -97,8 +91,9 @@ def main() -> None:
             model=model,
             args=TrainingArguments(
                 folder,
-                max_steps=steps,
-                per_device_train_batch_size=batch,
+                max_steps=len(ids) // args.batch,
+                per_device_train_batch_size=micro_batch,
+                gradient_accumulation_steps=args.batch // micro_batch,
                 learning_rate=1e-4,
                 lr_scheduler_type="constant",
                 max_grad_norm=1.0,
@@ -112,7 +107,7 @@ def main() -> None:
                 train_sampling_strategy="sequential",
                 **args.settings,
             ),
-            train_dataset=[{"tokens": row} for row in rows],
+            train_dataset=[{"ids": row, "labels": wanted} for row, wanted in zip(ids, labels, strict=True)],
             data_collator=collate,
             callbacks=[clock],
         )

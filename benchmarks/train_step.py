@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +28,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import given  # noqa: E402
 import peers  # noqa: E402
 import record  # noqa: E402
 
@@ -70,19 +68,8 @@ def make(folder: Path, shape: dict[str, int], args: argparse.Namespace) -> None:
     from bc2exp.data.batches import training_batches
     from bc2exp.data.store import TokenStore
     from bc2exp.data.store_writer import StoreWriter
-    from bc2exp.model.baichuan2 import initial_tensor
-    from bc2exp.weights import save_hf
-    from bc2exp.weights.convert import convert
-    from bc2exp.weights.hf import open_hf
-    from bc2exp.weights.layout import model_shapes
-    from bc2exp.weights.targets import Llama
 
-    whole = {"vocab_size": VOCABULARY, "position": "rope", **shape}
-    pairs = (
-        (name, initial_tensor(name, size, seed=0, std=0.02)) for name, size in model_shapes(whole).items()
-    )
-    save_hf(pairs, folder / "weights", config=whole, dtype=torch.float32)
-    convert(open_hf(folder / "weights"), folder / "llama", Llama())
+    given.weights(folder, {"vocab_size": VOCABULARY, **shape})
     generator = torch.Generator().manual_seed(0)
     length = SEQUENCE * args.samples * (args.steps + 2)
     with StoreWriter(folder / "store") as writer:
@@ -101,13 +88,15 @@ def make(folder: Path, shape: dict[str, int], args: argparse.Namespace) -> None:
         seed=0,
     )
     steps = [batches(step)[0] for step in range(args.steps)]
-    rows = [torch.cat((step.input_ids, step.labels[:, -1:]), dim=1).numpy() for step in steps]
-    np.save(folder / "batches.npy", np.stack(rows))
+    ids, labels = (
+        torch.cat([getattr(step, name) for step in steps]).numpy() for name in ("input_ids", "labels")
+    )
+    lengths = np.full(len(ids), SEQUENCE)
+    np.savez(folder / "rows.npz", ids=ids.ravel(), labels=labels.ravel(), lengths=lengths)
 
 
 def ours(folder: Path, shape: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
     """The command, in a folder of its own, and what its journal says."""
-    run = folder / "run"
     words = [f"model.{name}={value}" for name, value in shape.items()]
     words += ["task=pretrain", "model=tiny_7b", f"model.vocab_size={VOCABULARY}"]
     words += [f"model.weights={folder / 'weights'}", "dataset=text", f"dataset.path={folder / 'store.bin'}"]
@@ -115,34 +104,15 @@ def ours(folder: Path, shape: dict[str, int], args: argparse.Namespace) -> dict[
     words += [f"task.steps={args.steps}", "task.schedule.kind=constant", "task.optimizer.lr=1e-4"]
     words += ["task.schedule.warmup_fraction=0", "task.eval_every=null", "task.eval_samples=1"]
     words += ["task.save_every=null", "hardware=cpu", "hardware.precision=bf16", "seed=0"]
-    words += ["tracking.enabled=false", f"hydra.run.dir={run}", *args.word]
-    command = [sys.executable, "-m", "bc2exp", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [each["metrics"] for each in records if "train/loss" in each.get("metrics", {})]
-    shutil.rmtree(run)
-    return {
-        "values": [step["perf/step_time_s"] for step in steps],
-        "first_loss": steps[0]["train/loss"],
-        "peak_bytes": steps[-1]["mem/peak_gib"] * 2**30,
-    }
+    words += ["tracking.enabled=false", *args.word]
+    return peers.ours(words, folder / "run")
 
 
-def peer(side: str, folder: Path, shape: dict[str, int], args: argparse.Namespace) -> dict[str, Any]:
+def peer(side: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Hugging Face's Trainer; {"reason": why} where it does not run."""
     settings, words = PEERS[side]
-    whole = json.dumps({"vocab_size": VOCABULARY, **shape})
-    command = [str(args.peer), str(Path(__file__).with_name("peer_trainer.py")), "--shape", whole]
-    command += ["--batches", str(folder / "batches.npy"), "--weights", str(folder / "llama")]
-    command += ["--settings", json.dumps(settings), "--threads", str(len(os.sched_getaffinity(0))), *words]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        return {"reason": done.stderr.strip().splitlines()[-1][:200]}
-    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return found
+    words = ["--settings", json.dumps(settings), "--batch", str(args.samples), *words]
+    return peers.train(args.peer, folder, words)
 
 
 def product_rate() -> float:
@@ -226,8 +196,8 @@ def main() -> None:
                 for side in ("ours", *args.side):
                     if any(sample["side"] == side and "reason" in sample for sample in samples):
                         continue
-                    run = ours if side == "ours" else lambda *given, side=side: peer(side, *given)
-                    found = run(folder, SHAPES[case], args)
+                    mine = side == "ours"
+                    found = ours(folder, SHAPES[case], args) if mine else peer(side, folder, args)
                     if "values" in found:
                         found |= {"warm": found["values"][:WARM], "values": found["values"][WARM:]}
                     samples.append({"case": case, "side": side, "round": number, **found})

@@ -1,0 +1,133 @@
+"""What recording every step in MLflow costs a training at about 20 steps a second.
+
+    python benchmarks/tracking_cost.py [--rounds 2] [--blocks 40]
+
+One training in one process, in blocks of STEPS steps, which record and do not in turn, so that what else the
+machine does strikes both alike:
+
+    every step  each step is written to the journal, and the process beside the run replays it into sqlite
+    none        nothing is written, and that process is stopped
+
+A round is a fresh run of so many blocks of each kind. Writes the seconds a step of every block and the ratio,
+the median over neighbours with its 95 % interval, to results/tracking_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import given  # noqa: E402
+import record  # noqa: E402
+
+STEPS = 24
+"""Steps of a block: 1.2 seconds at 20 a second, long enough for the follower to wake several times."""
+WARM = 2
+CASE = "tiny_7b, sqlite"
+
+
+class NoCheckpoints:
+    """Saves nothing: the end of a block is not the end of a run."""
+
+    def save(self, *_: Any, **__: Any) -> None:
+        """See `Checkpoints`."""
+
+    def finished(self, *, wait: bool = False) -> None:
+        """See `Checkpoints`."""
+
+
+def measure(folder: Path, blocks: int) -> dict[str, list[float]]:
+    """Seconds a step of the blocks of a run in `folder`."""
+    from bc2exp.hardware import get_backend
+    from bc2exp.launch.tracker import Tracker
+    from bc2exp.parallel.world import World
+    from bc2exp.tasks.finetune import make_trainer
+    from bc2exp.text.tokenizer import Tokenizer, find_tokenizer
+    from bc2exp.tracking.journal import Journal, NullJournal
+
+    run, steps = folder / "run", 2 * blocks * STEPS
+    words = ["task=finetune", "model=tiny_7b", "task.global_batch=32", "task.micro_batch=32"]
+    words += ["task.epochs=null", "task.eval_every=null", "task.eval_samples=1", "task.save_every=null"]
+    words += [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"hydra.run.dir={run}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "bc2exp", *words, "task.steps=1"]
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    config = given.configuration([*words, f"task.steps={steps + 1}"], folder)
+    world = World(0, 1, 0, 1, get_backend("cpu"))
+    world.join()
+    silent = NullJournal()
+    tokenizer = Tokenizer(find_tokenizer(config.model.tokenizer, None))
+    trainer, start = make_trainer(config, folder, world, silent, tokenizer)
+    trainer.checkpoints, trainer.evaluation = NoCheckpoints(), []  # type: ignore[assignment]
+    journal, tracker = Journal(run / "metrics.jsonl", 2), Tracker(run, 60)
+    sides = {"every step": (journal, 1, signal.SIGCONT), "none": (silent, steps, signal.SIGSTOP)}
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(blocks):
+        for side, (trainer.journal, trainer.log_every, what) in sides.items():
+            tracker._process.send_signal(what)
+            trainer.steps = start + STEPS
+            begin = time.perf_counter()
+            trainer.run(start)
+            found[side].append((time.perf_counter() - begin) / STEPS)
+            start += STEPS
+    tracker._process.send_signal(signal.SIGCONT)
+    said = tracker.close(lambda: False)
+    assert said is None, said
+    journal.close()
+    world.leave()
+    return {side: values[WARM:] for side, values in found.items()}
+
+
+def interval(pairs: list[float]) -> tuple[float, float]:
+    """The 95 % bootstrap interval of the median."""
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return medians[50], medians[-51]
+
+
+def main() -> None:
+    """Measure, and leave the record."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
+    args = parser.parse_args()
+    samples = []
+    for number in range(args.rounds):
+        with tempfile.TemporaryDirectory() as scratch:
+            for side, values in measure(Path(scratch), args.blocks).items():
+                samples.append({"case": CASE, "side": side, "round": number, "values": values})
+    recorded, silent = (
+        [value for sample in samples if sample["side"] == side for value in sample["values"]]
+        for side in ("every step", "none")
+    )
+    pairs = [above / below for above, below in zip(recorded, silent, strict=True)]
+    low, high = interval(pairs)
+    name = f"a step's time against none, neighbours' median (95 %: {low:.3f} to {high:.3f})"
+    rate = 1 / statistics.median(silent)
+    entries = [
+        {**record.ratio(CASE, name, recorded, silent, better="lower", target=1.01, margin=0.05),
+         "value": statistics.median(pairs)},
+    ]  # fmt: skip
+    sides = {"every step": "journal and MLflow, log_every=1", "none": "no journal, the follower stopped"}
+    whole = {"command": "python benchmarks/tracking_cost.py", "unit": "s a step", "sides": sides}
+    whole |= {"steps_per_s": round(rate, 1), "samples": samples, "ratios": entries}
+    record.write("tracking_cost", whole, args.results)
+    print(json.dumps({"steps_per_s": rate, "ratios": entries}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
