@@ -123,11 +123,11 @@ def test_real_text_with_the_genuine_tokenizer(tmp_path: Path) -> None:
         "dataset=text",
         f"dataset.path={shared_data('train-00000-of-00001-a09b74b3ef9c3b56.parquet')}",
         "dataset.column=text",
-        "task.steps=50",
+        "task.steps=30",
     )
     losses = series(run, "train/loss")
     assert 12.2 < losses[0] < 12.4
-    assert mean(losses[-5:]) < 6
+    assert mean(losses[-5:]) < 7
     assert event(run, "data")["tokens"] == 5_883_807
     assert max(series(run, "mem/peak_gib")) < 3
     config = json.loads((run / "weights" / "config.json").read_text())
