@@ -2,9 +2,9 @@
 
     python benchmarks/profile_step.py [--case body] [--steps 3] [--rounds 1]
 
-The step of `train_step.py`, taken apart by torch's profiler: the own time of every operator, by the part of the
-step that called it (head: loss and its gradients; optimizer: norm, clipping and AdamW; layers: the rest, the
-embedding included). Shares of the whole, the largest first, until 95 % are named; they are written to
+The step of `train_step.py`, taken apart by torch's profiler: the own time of every operator, by the part of
+the step that called it (head: loss and its gradients; optimizer: norm, clipping and AdamW; layers: the rest,
+the embedding included). Shares of the whole, the largest first, until 95 % are named; they are written to
 results/profile_step.json.
 """
 
