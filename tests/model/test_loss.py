@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn import functional as F
 
+from bc2exp.model import loss as loss_module
 from bc2exp.model.loss import norm_head_loss_sum
 
 VOCAB, HIDDEN, TOKENS = 211, 24, 37
@@ -214,3 +215,18 @@ def test_two_vocabulary_shards_equal_the_whole(tmp_path: Path):
         torch.testing.assert_close(loss0[0], expected, rtol=1e-6, atol=0)
         torch.testing.assert_close(hidden0 + hidden1, grad_hidden, **tolerances)
         torch.testing.assert_close(torch.cat((weight0, weight1)), grad_weight, **tolerances)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_rows", [1, 63, 64, 65, 1000, 1024, 4096, 5000])
+def test_chunks_are_few_of_about_one_size_and_within_their_part_of_the_gradient(dtype, num_rows):
+    hidden = torch.empty(num_rows, 1024, dtype=dtype, device="meta")
+    size = loss_module._chunk_tokens(num_rows, 125_696, hidden)
+    chunks = -(-num_rows // size)
+    assert size % loss_module.CHUNK_MULTIPLE == 0
+    assert chunks * size - num_rows < chunks * loss_module.CHUNK_MULTIPLE
+    # Per word of the vocabulary: what a chunk's logits take, and the part of the gradient that they may.
+    limit = loss_module.PART_OF_GRADIENT * 4 * hidden.shape[1]
+    assert size * hidden.element_size() <= limit
+    if chunks > 1:
+        assert num_rows / (chunks - 1) * hidden.element_size() > limit - 4 * loss_module.CHUNK_MULTIPLE
