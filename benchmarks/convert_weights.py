@@ -1,20 +1,21 @@
-"""Conversion of a checkpoint of a true model's shape: speed beside the disk's own, and memory.
+"""Conversion of a checkpoint of a true model's shape, beside the disk's own copy and the whole-model way.
 
-    python benchmarks/convert_weights.py --folder SCRATCH [--model 7b] [--layers 32] [--tensor 8]
-                                         [--whole-layers 4]
+    python benchmarks/convert_weights.py [--folder SCRATCH] [--model 7b] [--layers 32] [--tensor 8]
+                                         [--whole-layers 4] [--rounds 2]
 
-Makes a synthetic published folder in SCRATCH (bf16, cheap random data; 15 GB for the 7B shape, 28 GB for the
-13B with `--model 13b`), and then, each in a process of its own and from a cold page cache:
+Makes a synthetic published folder (bf16, cheap random data; 15 GB for the 7B shape, 28 GB for the 13B with
+`--model 13b`) in a new folder of SCRATCH, else of the system's temporary folder: it should be on a disk and
+needs room for three of the checkpoint. Then, each in a process of its own and from a cold page cache:
 
-    copy       the disk's own speed: the files are read and written in pieces of 16 MiB, each then fsynced
-    megatron   HF -> ModelLink's shards (.pt) of TENSOR ranks
-    hf         those shards -> HF safetensors
-    whole      a smaller model (`--whole-layers`), HF -> shards: load all, split, save; and ours beside it
+    copy          the disk's own speed: the files are read and written in pieces of 16 MiB, each then fsynced
+    ours          HF -> ModelLink's shards (.pt) of TENSOR ranks, and those shards -> HF safetensors
+    whole model   a smaller model (`--whole-layers`), HF -> shards: load all, split, save, without checksums;
+                  ours beside it
 
 Anonymous memory is RssAnon + RssShmem of the process, sampled every 20 ms, less what it was before the work
-began. The speed of `copy` is measured before and after each conversion, as a disk that others use varies; the
-ratio is to the mean of both. In the end the folders of both ways are compared and removed. SCRATCH needs
-room for three of the checkpoint. Prints one JSON object a line.
+began; its limits are a rank's share and 0.5 GiB on the way to shards, 1 GiB back. `copy` runs before and
+after each conversion, as a disk that others use varies. At the end of a round what came back is compared with
+what went. Writes every sample, in seconds a GB, and the ratios to results/convert_weights.json.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import record  # noqa: E402
 
 SHAPES = {
     "7b": {
@@ -130,7 +136,7 @@ def copy(source: Path, target: Path) -> dict:
             os.fsync(written.fileno())
     seconds = time.perf_counter() - begin
     shutil.rmtree(target)
-    return {"bytes": total, "seconds": seconds, "mb_per_s": total / 1e6 / seconds}
+    return {"s_per_gb": seconds / total * 1e9}
 
 
 def same_bytes(one: Path, other: Path) -> bool:
@@ -216,14 +222,8 @@ def whole_model(source: Path, target: Path, args: argparse.Namespace) -> dict:
 
 
 def measured(num_bytes: int, peak: Peak) -> dict:
-    """Bytes, speed and memory of a block."""
-    speed = num_bytes / 1e6 / peak.seconds
-    return {
-        "bytes": num_bytes,
-        "seconds": peak.seconds,
-        "mb_per_s": speed,
-        "peak_anonymous_bytes": peak.bytes,
-    }
+    """Speed and memory of a block."""
+    return {"s_per_gb": peak.seconds / num_bytes * 1e9, "peak_bytes": peak.bytes}
 
 
 STEPS: dict[str, Callable[..., dict]] = {"megatron": to_megatron, "hf": to_hf, "whole": whole_model}
@@ -233,31 +233,102 @@ def run(step: str, source: Path, target: Path, args: argparse.Namespace) -> dict
     """One step in a process of its own, from a cold cache."""
     forget(source)
     command = [sys.executable, __file__, "--step", step, "--source", str(source), "--target", str(target)]
-    command += ["--folder", str(args.folder), "--model", args.model, "--tensor", str(args.tensor)]
-    command += ["--layers", str(args.layers)]
+    command += ["--model", args.model, "--tensor", str(args.tensor), "--layers", str(args.layers)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def beside_copy(step: str, source: Path, target: Path, args: argparse.Namespace) -> None:
-    """A step between two copies of its source."""
-    before = run("copy", source, args.folder / "copy", args)
+def beside_copy(step: str, source: Path, target: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The samples of a step and of two copies of its source, before and after it."""
+    before = run("copy", source, target.with_name("copy"), args)
     found = run(step, source, target, args)
-    after = run("copy", source, args.folder / "copy", args)
-    speed = (before["mb_per_s"] + after["mb_per_s"]) / 2
-    copies = [round(each["mb_per_s"], 1) for each in (before, after)]
-    line = {"step": step, **found, "copy_mb_per_s": copies, "of_copy": round(found["mb_per_s"] / speed, 3)}
-    print(json.dumps(line), flush=True)
+    after = run("copy", source, target.with_name("copy"), args)
+    side = "whole model" if step == "whole" else "ours"
+    samples = [
+        {"side": "copy", "values": [before["s_per_gb"], after["s_per_gb"]]},
+        {"side": side, "values": [found.pop("s_per_gb")], **found},
+    ]
+    print(json.dumps({"step": step, "layers": args.layers, "samples": samples}), flush=True)
+    return samples
+
+
+def there_and_back(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The samples of both ways, of the whole checkpoint."""
+    first, shards, back = (folder / name for name in ("hf", "shards", "back"))
+    make(first, {**SHAPES[args.model], "num_layers": args.layers})
+    samples = []
+    for number in range(args.rounds):
+        for step, source, target in (("megatron", first, shards), ("hf", shards, back)):
+            found = beside_copy(step, source, target, args)
+            samples += [{"case": case_of(step, args), "round": number, **sample} for sample in found]
+        same = all(same_bytes(path, back / path.name) for path in first.glob("model-*"))
+        assert same, "the way there and back is not bit-equal"
+        shutil.rmtree(shards)
+        shutil.rmtree(back)
+    shutil.rmtree(first)
+    return samples
+
+
+def beside_whole_model(folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The samples of ours and the whole-model way, of a smaller checkpoint."""
+    first = folder / "hf"
+    make(first, {**SHAPES[args.model], "num_layers": args.layers})
+    samples = []
+    for number in range(args.rounds):
+        for step in ("megatron", "whole"):
+            found = beside_copy(step, first, folder / step, args)
+            samples += [{"case": case_of("whole", args), "round": number, **sample} for sample in found]
+            shutil.rmtree(folder / step)
+    return samples
+
+
+def case_of(step: str, args: argparse.Namespace) -> str:
+    """What a step converts, in words."""
+    way = {"hf": "back to HF", "whole": f"to TP {args.tensor} beside the whole model"}
+    return f"{args.model}, {args.layers} layers, {way.get(step, f'to TP {args.tensor}')}"
+
+
+def ratios(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the samples come to."""
+    found = []
+    for case in dict.fromkeys(sample["case"] for sample in samples):
+        runs: dict[str, list[dict[str, Any]]] = {}
+        for sample in samples:
+            if sample["case"] == case:
+                runs.setdefault(sample["side"], []).append(sample)
+        times = {side: [value for run in them for value in run["values"]] for side, them in runs.items()}
+        peaks = {side: [run.get("peak_bytes", 0) for run in them] for side, them in runs.items()}
+        if "whole model" in runs:
+            mine, theirs = "ours", "whole model"
+            found += [
+                record.ratio(case, "time of the whole-model way's", times[mine], times[theirs],
+                             better="lower", margin=0.3),
+                record.ratio(case, "anonymous memory of the whole-model way's", peaks[mine], peaks[theirs],
+                             better="lower", margin=1.0),
+            ]  # fmt: skip
+            continue
+        shares = [run.get("share_bytes") for run in runs["ours"]]
+        limits = [share + 2**29 if share else 2**30 for share in shares]
+        limit = "a rank's share and 0.5 GiB" if shares[0] else "1 GiB"
+        found += [
+            record.ratio(case, "speed of a copy's", times["copy"], times["ours"],
+                         better="higher", target=0.8),
+            record.ratio(case, f"anonymous memory of the limit, {limit}", peaks["ours"], limits,
+                         better="lower", target=1.0, margin=1.0),
+        ]  # fmt: skip
+    return found
 
 
 def main() -> None:
-    """Make, convert, convert back, compare."""
+    """Make, convert, convert back, compare, and leave the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--model", choices=SHAPES, default="7b")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tensor", type=int, default=8)
     parser.add_argument("--whole-layers", type=int, default=4, help="0: leave this part out")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--results", type=Path, default=record.RESULTS)
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--source", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--target", type=Path, help=argparse.SUPPRESS)
@@ -271,25 +342,22 @@ def main() -> None:
         )
         print(json.dumps(found))
         return
-    args.folder.mkdir(parents=True)
-    try:
-        first, shards, back = (args.folder / name for name in ("hf", "shards", "back"))
-        make(first, {**SHAPES[args.model], "num_layers": args.layers})
-        beside_copy("megatron", first, shards, args)
-        beside_copy("hf", shards, back, args)
-        same = all(same_bytes(path, back / path.name) for path in first.glob("model-*"))
-        print(json.dumps({"round_trip_is_bit_equal": same}), flush=True)
-        for folder in (first, shards, back):
-            shutil.rmtree(folder)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        samples = there_and_back(Path(scratch), args)
         if args.whole_layers:
             args.layers = args.whole_layers
-            make(first, {**SHAPES[args.model], "num_layers": args.layers})
-            for step in ("megatron", "whole"):
-                print(json.dumps({"layers": args.layers}), flush=True)
-                beside_copy(step, first, args.folder / step, args)
-                shutil.rmtree(args.folder / step)
-    finally:
-        shutil.rmtree(args.folder, ignore_errors=True)
+            samples += beside_whole_model(Path(scratch), args)
+    entries = ratios(samples)
+    sides = {
+        "ours": "bc2exp.weights.convert, with checksums",
+        "copy": f"files read and written by {PIECE // 2**20} MiB, each then fsynced",
+        "whole model": "load all, split, save; no checksums",
+    }
+    whole = {"command": "python benchmarks/convert_weights.py", "unit": "s a GB", "sides": sides}
+    record.write("convert_weights", {**whole, "samples": samples, "ratios": entries}, args.results)
+    print(json.dumps(entries, indent=1))
 
 
 if __name__ == "__main__":

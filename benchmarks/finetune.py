@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import given  # noqa: E402
 import peers  # noqa: E402
+import real_data  # noqa: E402
 import record  # noqa: E402
 
 VOCABULARY = 125_696
@@ -104,7 +105,11 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--results", type=Path, default=record.RESULTS)
-    args = given.take(parser, waimai=given.WAIMAI, tokenizer=given.TOKENIZER)
+    parser.add_argument("--waimai", type=Path)
+    parser.add_argument("--tokenizer", type=Path)
+    args = parser.parse_args()
+    args.waimai = real_data.find(args.waimai, real_data.WAIMAI, "--waimai").absolute()
+    args.tokenizer = real_data.find(args.tokenizer, real_data.TOKENIZER, "--tokenizer").absolute()
     args.peer = peers.interpreter(args.peer)
     case = f"{args.hidden} wide, {args.layers} layers"
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in ("ours", *args.side)}

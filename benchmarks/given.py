@@ -1,38 +1,13 @@
-"""What the sides of a benchmark are given: real data, weights, a configuration.
-
-Real data lies in BC2EXP_SHARED_DATA, else in ../shared/data beside the checkout.
-"""
+"""What the sides of a benchmark are given: weights, a configuration."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from record import ROOT
-
 if TYPE_CHECKING:
     from bc2exp.config.root import Config
-
-FOLDER = Path(os.environ.get("BC2EXP_SHARED_DATA", ROOT.parent / "shared" / "data"))
-WAIMAI = FOLDER / "waimai_10k.csv"
-ALPACA = FOLDER / "train-00000-of-00001-a09b74b3ef9c3b56.parquet"
-TOKENIZER = FOLDER / "tokenizer" / "baichuan2_tokenizer.model"
-
-
-def take(parser: argparse.ArgumentParser, **files: Path) -> argparse.Namespace:
-    """The arguments, with an option for each of the files; ends with exit code 2 where one is missing."""
-    for name, default in files.items():
-        parser.add_argument(f"--{name}", type=Path, default=default)
-    args = parser.parse_args()
-    for name in files:
-        path = getattr(args, name)
-        if not path.is_file():
-            parser.error(f"--{name}: there is no {path}; name the file, or its folder in BC2EXP_SHARED_DATA")
-        setattr(args, name, path.absolute())
-    return args
 
 
 def weights(folder: Path, shape: dict[str, Any]) -> None:

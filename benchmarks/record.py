@@ -105,13 +105,16 @@ def read(name: str, results: Path = RESULTS) -> dict[str, Any]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """A record's ratios in Markdown, and where they come from."""
+    """A record's ratios in Markdown, the rows of its `points` if it has them, and where they come from."""
     lines = ["| case | figure | of medians | of the best | target | reached |", "|---|---|---|---|---|---|"]
     for entry in record["ratios"]:
         target = "" if entry["target"] is None else f"{entry['target']:g}"
         reached = {None: "", True: "yes", False: "no"}[meets(entry)]
         figures = f"{entry['value']:.2f} | {entry['best']:.2f}"
         lines.append(f"| {entry['case']} | {entry['name']} | {figures} | {target} | {reached} |")
+    if "points" in record:
+        head, *rows = (f"| {' | '.join(row)} |" for row in record["points"])
+        lines += ["", head, "|---" * len(record["points"][0]) + "|", *rows]
     made = record["machine"]
     where = f"{made['processor']}, {made['cores']} cores, {made['memory']}, torch {made['torch']}"
     samples = len(record["samples"])

@@ -80,6 +80,13 @@ def test_a_record_names_no_place_and_follows_from_its_samples(name):
     assert all(sample["values"] for sample in found["samples"])
 
 
+def test_points_make_a_second_table(tmp_path):
+    points = [["axis", "point"], ["rows", "10"], ["rows", "30"]]
+    record.write("new", {"command": "c", "samples": [], "ratios": [], "points": points}, tmp_path)
+    found = record.table(record.read("new", tmp_path))
+    assert "\n\n| axis | point |\n|---|---|\n| rows | 10 |\n| rows | 30 |\n\n" in found
+
+
 def test_a_table_that_has_no_place_is_said(tmp_path):
     record.write("new", {"command": "c", "samples": [], "ratios": [entry(1.0, "lower")]}, tmp_path)
     with pytest.raises(SystemExit, match="no place for new"):
