@@ -52,9 +52,11 @@ class Losses(NullJournal):
 class NoCheckpoints:
     """Saves nothing, so that a step is a step."""
 
-    def save(self, *_: Any) -> Path:
+    def save(self, *_: Any, **__: Any) -> None:
         """See `Checkpoints`."""
-        return Path("nowhere")
+
+    def finished(self, *, wait: bool = False) -> None:
+        """See `Checkpoints`."""
 
 
 def configure(args: argparse.Namespace, way: str, folder: Path) -> Config:

@@ -25,28 +25,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import given  # noqa: E402
+import packing_speed  # noqa: E402
 import record  # noqa: E402
 
 STEPS = 24
 """Steps of a block: 1.2 seconds at 20 a second, long enough for the follower to wake several times."""
 WARM = 2
 CASE = "tiny_7b, sqlite"
-
-
-class NoCheckpoints:
-    """Saves nothing: the end of a block is not the end of a run."""
-
-    def save(self, *_: Any, **__: Any) -> None:
-        """See `Checkpoints`."""
-
-    def finished(self, *, wait: bool = False) -> None:
-        """See `Checkpoints`."""
 
 
 def measure(folder: Path, blocks: int) -> dict[str, list[float]]:
@@ -71,7 +61,7 @@ def measure(folder: Path, blocks: int) -> dict[str, list[float]]:
     silent = NullJournal()
     tokenizer = Tokenizer(find_tokenizer(config.model.tokenizer, None))
     trainer, start = make_trainer(config, folder, world, silent, tokenizer)
-    trainer.checkpoints, trainer.evaluation = NoCheckpoints(), []  # type: ignore[assignment]
+    trainer.checkpoints, trainer.evaluation = packing_speed.NoCheckpoints(), []  # type: ignore[assignment]
     journal, tracker = Journal(run / "metrics.jsonl", 2), Tracker(run, 60)
     sides = {"every step": (journal, 1, signal.SIGCONT), "none": (silent, steps, signal.SIGSTOP)}
     found: dict[str, list[float]] = {side: [] for side in sides}
