@@ -7,6 +7,7 @@ import json
 import pytest
 
 LOST_CAUSALITY = """
+from dataclasses import replace
 import torch
 from bc2exp.hardware import cpu
 right = cpu.CpuBackend.ops
@@ -14,7 +15,7 @@ def attention(q, k, v, *, segment_ids, slopes, scale):
     if RANK == 1:
         return torch.softmax(scale * q @ k.transpose(-1, -2), -1) @ v
     return right.attention(q, k, v, segment_ids=segment_ids, slopes=slopes, scale=scale)
-cpu.CpuBackend.ops = cpu.replace(right, attention=attention)
+cpu.CpuBackend.ops = replace(right, attention=attention)
 """
 
 
