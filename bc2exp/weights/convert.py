@@ -12,9 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from bc2exp.storage import atomic, lock
 from bc2exp.storage.tensors import FileEntry, write_manifest
 from bc2exp.weights.layout import Part, Weights, stored_shape
 from bc2exp.weights.targets import Target, Writer
-from bc2exp.weights.writing import Flusher, bytes_of
+from bc2exp.weights.writing import Flusher, Pieces, bytes_of
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 _SPARE_BYTES = 64 * 2**20
@@ -191,14 +190,14 @@ class _Work:
             for file, plan in self._plans.items()
             for key, parts in plan.items()
         ]
-        described: dict[str, dict[str, Any]] = {file: {} for file in self._plans}
+        sums: dict[str, dict[str, Any]] = {file: {} for file in self._plans}
         writers: dict[str, Writer] = {}
         try:
             for file, header in self._headers.items():
                 writers[file] = self._form.writer(folder, file, header, flusher)
-            with ThreadPoolExecutor(1) as second:
+            with Pieces() as pieces:
                 for _, file, key in sorted(order, key=lambda entry: entry[0]):
-                    described[file][key] = self._write_tensor(writers[file], file, key, second)
+                    sums[file][key] = self._write_tensor(writers[file], file, key, pieces)
             for writer in writers.values():
                 writer.finish()
         finally:
@@ -208,34 +207,26 @@ class _Work:
         for file, writer in writers.items():
             for key, name in writer.files.items():
                 entry = entries.setdefault(name, {"bytes": (folder / name).stat().st_size, "tensors": {}})
-                entry["tensors"][key] = described[file][key]
+                entry["tensors"][key] = self._described(file, key, sums[file][key].hexdigest())
         return entries
 
-    def _write_tensor(
-        self, writer: Writer, file: str, key: str, second: ThreadPoolExecutor
-    ) -> dict[str, Any]:
-        """Write one stored tensor; what the manifest says of it. Reading goes on while `second` writes."""
+    def _described(self, file: str, key: str, checksum: str) -> dict[str, Any]:
+        """What the manifest says of a stored tensor."""
         dtype, shape = self._headers[file][key]
+        return {"dtype": str(dtype).removeprefix("torch."), "shape": list(shape), "sha256": checksum}
+
+    def _write_tensor(self, writer: Writer, file: str, key: str, pieces: Pieces) -> Any:
+        """Read one stored tensor and have it written; its checksum, once `pieces` are done."""
+        dtype, _ = self._headers[file][key]
         checksum, clean = hashlib.sha256(), True
-        last: Future[None] | None = None
-
-        def take(values: Tensor, row: int) -> None:
-            checksum.update(bytes_of(values))
-            writer.put(key, values, row)
-
         for row, values in self._values(self._plans[file][key], dtype):
             # the largest of values among which is a NaN is NaN
             clean = clean and not bool(values.amax().isnan())
-            if last is not None:
-                last.result()  # in order, and never more than two pieces in memory
-            last = second.submit(take, values, row)
+            pieces.take(partial(checksum.update, bytes_of(values)), partial(writer.put, key, values, row))
             self._tell("convert", file, key, values.nbytes)
-        assert last is not None
-        last.result()
         if not clean:
             self._nan.append(f"{file}/{key}".lstrip("/"))
-        kind = str(dtype).removeprefix("torch.")
-        return {"dtype": kind, "shape": list(shape), "sha256": checksum.hexdigest()}
+        return checksum
 
     def _values(self, parts: tuple[Part, ...], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """A stored tensor in contiguous pieces, each with its first row."""

@@ -11,7 +11,9 @@ import math
 import os
 import queue
 import threading
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,6 +25,8 @@ from bc2exp.weights.containers import SAFETENSORS_DTYPES
 MAX_SHARD_BYTES = 5 * 10**9
 """A file is ended before it would hold more, or with its first tensor."""
 _FLUSH_BYTES = 128 * 2**20
+_PIECES = 3
+"""Pieces in memory, beside the one that is being read."""
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 Header = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -65,6 +69,35 @@ class Flusher:
                 self._error = self._error or error
             finally:
                 os.close(descriptor)
+
+
+class Pieces:
+    """Checks and writes pieces beside whoever reads them: each is one after the other, and both at a time.
+
+    Most tensors of a rank are a piece of their own, so that whoever waited at the end of each tensor would
+    read and write in turn.
+    """
+
+    def __init__(self) -> None:
+        self._checking, self._writing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._begun: deque[Future[None]] = deque()
+
+    def take(self, check: Callable[[], None], write: Callable[[], None]) -> None:
+        """Begin a piece. Waits for those before it, but for `_PIECES`; raises what they raised."""
+        self._begun += (self._checking.submit(check), self._writing.submit(write))
+        while len(self._begun) > 2 * _PIECES:
+            self._begun.popleft().result()
+
+    def __enter__(self) -> Pieces:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for all. Raises what a piece raised, unless there is an error already."""
+        for executor in (self._checking, self._writing):
+            executor.shutdown(cancel_futures=kind is not None)
+        if kind is None:
+            for done in self._begun:
+                done.result()
 
 
 class OpenFile:
