@@ -355,7 +355,7 @@ def main() -> None:
         "copy": f"files read and written by {PIECE // 2**20} MiB, each then fsynced",
         "whole model": "load all, split, save; no checksums",
     }
-    whole = {"command": "python benchmarks/convert_weights.py", "unit": "s a GB", "sides": sides}
+    whole = {"unit": "s a GB", "sides": sides}
     record.write("convert_weights", {**whole, "samples": samples, "ratios": entries}, args.results)
     print(json.dumps(entries, indent=1))
 

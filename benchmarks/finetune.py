@@ -139,7 +139,6 @@ def main() -> None:
         entries.append(record.ratio(case, f"peak memory against {side}", *peaks, better="lower", margin=0.1))
     sides = {side: f"Trainer, LlamaForCausalLM, adamw_torch_fused, {PEERS[side][0]}" for side in args.side}
     whole = {
-        "command": "python benchmarks/finetune.py",
         "unit": "s a step of 32 reviews",
         "sides": {"ours": "python -m bc2exp task=finetune dataset=waimai_10k, bf16", **sides},
         "samples": [run for found in runs.values() for run in found],

@@ -210,7 +210,7 @@ def main() -> None:
         "ranks": f"processes, {SAMPLES_A_RANK} samples of {SEQUENCE} tokens each",
         "rows": "rows prepared",
     }
-    whole = {"command": "python benchmarks/growth.py", "unit": "tokens/s", "sides": sides}
+    whole = {"unit": "tokens/s", "sides": sides}
     whole |= {"samples": samples, "ratios": entries, "points": points(rates)}
     record.write("growth", whole, args.results)
     print(json.dumps(entries, indent=1))

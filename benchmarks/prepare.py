@@ -285,7 +285,7 @@ def main() -> None:
         "raw": "SentencePieceProcessor.encode of all texts, nothing is written",
         "megatron way": f"Pool.imap document by document, {CHUNK} at a time; .bin and .idx with numpy",
     }
-    whole = {"command": "python benchmarks/prepare.py", "unit": "s a million tokens; memory: MiB"}
+    whole = {"unit": "s a million tokens; memory: MiB"}
     whole |= {"sides": sides, "samples": samples, "ratios": entries}
     record.write("prepare", whole, args.results)
     print(json.dumps(entries, indent=1))

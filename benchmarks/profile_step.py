@@ -116,7 +116,7 @@ def main() -> None:
         values = [run.get((part, operator), 0.0) for run in runs]
         samples.append({"case": part, "side": operator, "values": values})
         entries.append(record.ratio(part, operator, values, [1.0], better="lower", margin=0.5))
-    whole = {"command": "python benchmarks/profile_step.py", "unit": "share of the step", "named": named}
+    whole = {"unit": "share of the step", "named": named}
     whole |= {"sides": {"case": args.case}, "samples": samples, "ratios": entries}
     record.write("profile_step", whole, args.results)
     print(json.dumps([[entry["case"], entry["name"], round(entry["value"], 4)] for entry in entries]))

@@ -12,7 +12,9 @@ import json
 import os
 import platform
 import re
+import shlex
 import statistics
+import sys
 from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -91,10 +93,27 @@ def is_worse(committed: dict[str, Any], today: float) -> bool:
     return today > committed["value"] * (1 + committed["margin"])
 
 
+PLACES = ("--results", "--peer", "--folder", "--source", "--tokenizer", "--waimai")
+"""Options that name a place on this machine, which is nobody else's."""
+
+
+def command(name: str, words: list[str]) -> str:
+    """The command line of a benchmark with these words, less places."""
+    kept, words = [], list(words)
+    while words:
+        word = words.pop(0)
+        if word in PLACES:
+            words.pop(0)
+        elif not word.startswith(tuple(f"{place}=" for place in PLACES)):
+            kept.append(word)
+    return shlex.join(["python", f"benchmarks/{name}.py", *kept])
+
+
 def write(name: str, record: dict[str, Any], results: Path = RESULTS) -> None:
-    """Leave a record, with date and machine, and its plot."""
+    """Leave a record, with date, machine and the command that is running."""
     results.mkdir(parents=True, exist_ok=True)
-    whole = {"benchmark": name, "date": date.today().isoformat(), "machine": machine(), **record}
+    made = {"date": date.today().isoformat(), "machine": machine(), "command": command(name, sys.argv[1:])}
+    whole = {"benchmark": name, **made, **record}
     (results / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n")
 
 

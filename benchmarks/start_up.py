@@ -105,7 +105,7 @@ def main() -> None:
         "bare": "imports torch and the model, builds it, one step",
         "refused": "python -m bc2exp task.stepz=1",
     }
-    whole = {"command": "python benchmarks/start_up.py", "unit": "s", "sides": sides, "samples": samples}
+    whole = {"unit": "s", "sides": sides, "samples": samples}
     record.write("start_up", {**whole, "ratios": entries}, args.results)
     print(json.dumps({"seconds": times, "ratios": entries}, indent=1))
 

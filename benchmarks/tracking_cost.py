@@ -113,7 +113,7 @@ def main() -> None:
          "value": statistics.median(pairs)},
     ]  # fmt: skip
     sides = {"every step": "journal and MLflow, log_every=1", "none": "no journal, the follower stopped"}
-    whole = {"command": "python benchmarks/tracking_cost.py", "unit": "s a step", "sides": sides}
+    whole = {"unit": "s a step", "sides": sides}
     whole |= {"steps_per_s": round(rate, 1), "samples": samples, "ratios": entries}
     record.write("tracking_cost", whole, args.results)
     print(json.dumps({"steps_per_s": rate, "ratios": entries}, indent=1))

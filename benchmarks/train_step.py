@@ -209,7 +209,6 @@ def main() -> None:
     record.write(
         "train_step",
         {
-            "command": "python benchmarks/train_step.py",
             "unit": "s a step",
             "sides": {
                 "ours": "python -m bc2exp task=pretrain hardware=cpu hardware.precision=bf16",

@@ -87,6 +87,11 @@ def test_points_make_a_second_table(tmp_path):
     assert "\n\n| axis | point |\n|---|---|\n| rows | 10 |\n| rows | 30 |\n\n" in found
 
 
+def test_the_command_of_a_record_names_no_place():
+    words = ["--rounds", "2", "--results", "/a", "--side", "norm head", "--peer=/b", "--tokenizer", "/c"]
+    assert record.command("new", words) == "python benchmarks/new.py --rounds 2 --side 'norm head'"
+
+
 def test_a_table_that_has_no_place_is_said(tmp_path):
     record.write("new", {"command": "c", "samples": [], "ratios": [entry(1.0, "lower")]}, tmp_path)
     with pytest.raises(SystemExit, match="no place for new"):
