@@ -137,7 +137,7 @@ def table(record: dict[str, Any]) -> str:
     made = record["machine"]
     where = f"{made['processor']}, {made['cores']} cores, {made['memory']}, torch {made['torch']}"
     samples = len(record["samples"])
-    return "\n".join([*lines, "", f"{record['date']}, {where}; {samples} runs: `{record['command']}`"])
+    return "\n".join([*lines, "", f"{record['date']}, {where}; {samples} series: `{record['command']}`"])
 
 
 def render(text: str, results: Path = RESULTS) -> str:
@@ -167,7 +167,7 @@ def plot(record: dict[str, Any], file: Path) -> None:
             values = [value for sample in mine if sample["side"] == side for value in sample["values"]]
             panel.plot([number] * len(values), values, "o", alpha=0.5)
             panel.hlines(statistics.median(values), number - 0.25, number + 0.25, "black")
-        panel.set_xticks(range(len(sides)), sides, rotation=20)
+        panel.set_xticks(range(len(sides)), sides, rotation=25, ha="right", fontsize=8)
         panel.set_xlim(-0.5, len(sides) - 0.5)
         panel.set_ylim(bottom=0)
         panel.set_title(case)
