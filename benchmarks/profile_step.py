@@ -27,6 +27,7 @@ import train_step  # noqa: E402
 
 ENOUGH = 0.95
 WARM = 2
+ATTENTION = "_scaled_dot_product_flash_attention_for_cpu"
 CLIPPING = "norm and clipping"
 PARTS = {"_NormHeadLoss": "head", "Optimizer": "optimizer", CLIPPING: "optimizer"}
 
@@ -45,9 +46,8 @@ def shares(events: list[Any]) -> dict[tuple[str, str], float]:
     """Part of the time of each (part, operator), the largest first."""
     times: Counter[tuple[str, str]] = Counter()
     for event in events:
-        operator = (
-            event.name.removeprefix("aten::") if event.name.startswith("aten::") else "Python and autograd"
-        )
+        name = event.name if event.name.startswith("aten::") else "Python and autograd"
+        operator = name.removeprefix("aten::").replace(ATTENTION, "attention")
         times[part_of(event), operator] += event.self_cpu_time_total
     whole = sum(times.values())
     return {what: time / whole for what, time in times.most_common()}
