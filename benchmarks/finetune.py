@@ -8,7 +8,7 @@ from the same weights, in bf16 with AdamW (fused) and clipping; each run a proce
 
     ours        python -m bc2exp task=finetune dataset=waimai_10k: packed, the head at labelled positions only
     fixed       the Trainer, each review padded to 1,024 (the recipe), 4 of them a forward pass, compiled
-    dynamic     the Trainer, padded to the longest of 8, compiled: faster than 32 or not compiled
+    dynamic     the Trainer, padded to the longest of 8, compiled (with 32 it compiled again and again)
 
 The peer's weights are ours as a Llama, so the first losses agree. The first WARM steps do not count. Writes
 every sample and the ratios to results/finetune.json.

@@ -1,4 +1,4 @@
-"""What recording every step in MLflow costs a training at about 20 steps a second.
+"""What recording every step in MLflow costs a training of short steps.
 
     python benchmarks/tracking_cost.py [--rounds 2] [--blocks 40]
 
