@@ -1,6 +1,6 @@
 """What recording every step in MLflow costs a training of short steps.
 
-    python benchmarks/tracking_cost.py [--rounds 2] [--blocks 40]
+    python benchmarks/tracking_cost.py [--rounds 2] [--blocks 12]
 
 One training in one process, in blocks of STEPS steps, which record and do not in turn, so that what else the
 machine does strikes both alike:
@@ -33,9 +33,9 @@ import given  # noqa: E402
 import packing_speed  # noqa: E402
 import record  # noqa: E402
 
-STEPS = 24
-"""Steps of a block: 1.2 seconds at 20 a second, long enough for the follower to wake several times."""
-WARM = 2
+STEPS = 96
+"""Steps of a block: about five seconds, long enough for the follower to wake by itself."""
+WARM = 1
 CASE = "tiny_7b, sqlite"
 
 
@@ -49,7 +49,7 @@ def measure(folder: Path, blocks: int) -> dict[str, list[float]]:
     from bc2exp.tracking.journal import Journal, NullJournal
 
     run, steps = folder / "run", 2 * blocks * STEPS
-    words = ["task=finetune", "model=tiny_7b", "task.global_batch=32", "task.micro_batch=32"]
+    words = ["task=finetune", "model=tiny_7b", "task.global_batch=24", "task.micro_batch=24"]
     words += ["task.epochs=null", "task.eval_every=null", "task.eval_samples=1", "task.save_every=null"]
     words += [f"tracking.uri=sqlite:///{folder}/mlflow.db", f"hydra.run.dir={run}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -92,7 +92,7 @@ def main() -> None:
     """Measure, and leave the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--blocks", type=int, default=40)
+    parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     args = parser.parse_args()
     samples = []

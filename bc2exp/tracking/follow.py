@@ -24,6 +24,11 @@ DONE, WRONG, UNREACHED = 0, 2, 4
 """Exit codes: recorded; not a run that can be replayed; the tracker could not be reached."""
 
 _POLL_SECONDS = 0.5
+_PAUSE_PER_WORK = 100.0
+"""Seconds of pause for a second of the processor's: a replay has a fixed price, so many small ones beside
+short steps would slow them. Two a second cost a training of 17 steps a second on two cores 1.8 % of its time,
+so paced under 1 % (benchmarks/tracking_cost.py)."""
+_LONGEST_PAUSE_WHILE_REACHED = 10.0
 _LONGEST_PAUSE_WHILE_RUNNING = 30.0
 _LONGEST_PAUSE_AT_THE_END = 5.0
 
@@ -69,8 +74,9 @@ def follow(folder: Path, connect: Connect, patience: float, parent: Parent) -> i
                 replay = Replay(run, connect, live=True)
                 replay.advance()
                 _close_abandoned(run, connect)
+            began = time.process_time()
             replay.advance()
-            pause = _POLL_SECONDS
+            pause = _pause_after(time.process_time() - began)
         except Exception as error:  # whatever a tracker, a network or a disk can do, the next try may work
             _close(replay)
             replay = None
@@ -79,6 +85,11 @@ def follow(folder: Path, connect: Connect, patience: float, parent: Parent) -> i
                 _say(f"{_unreached(run, error)}; the training goes on")
                 told = True
     return _finish(run, replay, connect, patience, orphaned=word == "gone")
+
+
+def _pause_after(work: float) -> float:
+    """Seconds to wait after a replay that took `work` seconds of the processor."""
+    return min(max(_POLL_SECONDS, _PAUSE_PER_WORK * work), _LONGEST_PAUSE_WHILE_REACHED)
 
 
 def sync(folders: Iterable[Path], connect: Connect, patience: float, uri: str | None = None) -> int:

@@ -101,6 +101,30 @@ def test_lines_come_to_the_tracker_while_the_run_goes_on(new_run, write_steps, m
     assert (tracker.status, len(tracker.held)) == ("FINISHED", 6)
 
 
+@pytest.mark.parametrize(("work", "pause"), [(0.001, 0.5), (0.03, 3.0), (5.0, 10.0)])
+def test_a_follower_takes_a_hundredth_of_a_core(
+    new_run, write_steps, memory_tracker, monkeypatch, work, pause
+):
+    folder, tracker, clock, pauses = new_run(), memory_tracker(), [0.0], []
+    write_steps(folder, 1, 3, end="done")
+    advance = follow.Replay.advance
+
+    def working(replay):
+        clock[0] += work
+        return advance(replay)
+
+    class Parent:
+        def wait(self, seconds):
+            pauses.append(seconds)
+            return "close" if len(pauses) == 3 else None
+
+    monkeypatch.setattr(follow.Replay, "advance", working)
+    monkeypatch.setattr(follow.time, "process_time", lambda: clock[0])
+    assert follow.follow(folder, tracker.connect, 5.0, Parent()) == follow.DONE
+    assert pauses == [0.0, pytest.approx(pause), pytest.approx(pause)]
+    assert len(tracker.held) == 6
+
+
 def test_lines_that_ranks_write_after_their_parent_died(
     new_run, write_steps, memory_tracker, pipe, monkeypatch
 ):
