@@ -26,8 +26,8 @@ DONE, WRONG, UNREACHED = 0, 2, 4
 _POLL_SECONDS = 0.5
 _PAUSE_PER_WORK = 100.0
 """Seconds of pause for a second of the processor's: a replay has a fixed price, so many small ones beside
-short steps would slow them. Two a second cost a training of 17 steps a second on two cores 1.8 % of its time,
-so paced under 1 % (benchmarks/tracking_cost.py)."""
+short steps would slow them (benchmarks/tracking_cost.py: 1.8 % of a training's time on two cores with two
+replays a second, 0.4 % with these pauses)."""
 _LONGEST_PAUSE_WHILE_REACHED = 10.0
 _LONGEST_PAUSE_WHILE_RUNNING = 30.0
 _LONGEST_PAUSE_AT_THE_END = 5.0
