@@ -79,13 +79,17 @@ class Exponentials(Protocol):
 
 @dataclass(frozen=True)
 class Ops:
-    """The operations a model asks of its device; each fused answer has a twin in `eager`."""
+    """The operations a model asks of its device; each fused answer has a twin in `eager`.
+
+    `head_block_words`: words of the vocabulary whose logits, of a chunk of positions, are worked on at once.
+    """
 
     attention: Attention
     rms_norm: RmsNorm
     swiglu: SwiGlu
     rotary: Rotary
     exponentials: Exponentials
+    head_block_words: int
 
 
 class Backend(Protocol):

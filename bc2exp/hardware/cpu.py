@@ -118,10 +118,15 @@ def _blocks(
             yield rows, keys, bias[None].masked_fill(~visible, float("-inf"))
 
 
-EXPONENTIALS_BYTES = 2**22
+EXPONENTIALS_BYTES = 2**21
 """What the fp32 copy of the rows takes that are worked on at one time: all passes over it stay in the
-processor's cache. Of 1, 2, 4 and 8 rows of 125,696 words the last was the fastest, 1.6 times the whole
-chunk at once (one core)."""
+processor's cache. One and four MiB took as long on two cores, all rows of all words 1.6 times as long (one
+core)."""
+
+
+HEAD_BLOCK_WORDS = 2048
+"""The exponentials and the next product then find a block in the processor's cache. 1,024 words were 4 % of
+the loss slower, 4,096 words 2 to 5 % (256 wide, two cores)."""
 
 
 def exponentials(products: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
@@ -148,6 +153,7 @@ class CpuBackend:
         swiglu=eager.swiglu,
         rotary=cpu_pointwise.rotary,
         exponentials=exponentials,
+        head_block_words=HEAD_BLOCK_WORDS,
     )
 
     def device(self, local_rank: int) -> torch.device:

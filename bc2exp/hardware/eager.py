@@ -83,7 +83,17 @@ def exponentials(products: Tensor, scale: Tensor, shift: Tensor | None, wide: Te
     return sums
 
 
-OPS = Ops(attention=attention, rms_norm=rms_norm, swiglu=swiglu, rotary=rotary, exponentials=exponentials)
+HEAD_BLOCK_WORDS = 2**14
+"""Enough for the matrix kernels of an accelerator, and an eighth of the vocabulary in fp32 at one time."""
+
+OPS = Ops(
+    attention=attention,
+    rms_norm=rms_norm,
+    swiglu=swiglu,
+    rotary=rotary,
+    exponentials=exponentials,
+    head_block_words=HEAD_BLOCK_WORDS,
+)
 
 
 def with_twins(ops: Ops, names: Collection[str]) -> Ops:

@@ -166,9 +166,8 @@ class NormHead(nn.Module):
             if at is not None:
                 hidden = hidden.flatten(0, -2)[at]
             # Dividing the logits instead of the rows spares a second copy of the weight.
-            narrow = weight.to(hidden.dtype)
-            norms = row_norms(narrow).clamp_min(NORM_EPS)
-            return F.linear(hidden, narrow) / norms
+            norms = row_norms(weight, hidden.dtype).clamp_min(NORM_EPS)
+            return F.linear(hidden, weight.to(hidden.dtype)) / norms
         return norm_head_loss_sum(
             hidden.flatten(0, -2),
             weight,
@@ -180,7 +179,7 @@ class NormHead(nn.Module):
             vocab_size=self.vocab_size,
             group=self.group,
             every_row=self.every_row,
-            exponentials=self.ops.exponentials,
+            ops=self.ops,
         )
 
 

@@ -10,6 +10,7 @@ what is computed of logits; the three matrix products run in the inputs' type, a
 
 The normalised weight never exists: with inv_v = 1 / |w_v|, logits are (hidden @ weight^T) * inv, and for
 a gradient g_v with respect to the unit row, d/dw_v = inv_v g_v - (inv_v g_v . w_v) inv_v^2 w_v.
+What becomes of the logits of a chunk stands in `chunk`.
 
 A unit row can give no logit above the length of the hidden state. Where every length is at most
 SAFE_LENGTH, no exponential can leave fp32, and softmax needs no largest logit to be taken off: one pass
@@ -27,18 +28,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bc2exp.hardware import eager
-from bc2exp.hardware.base import Exponentials
+from bc2exp.hardware.base import Ops
+from bc2exp.model.chunk import ChunkLoss, Head, Logits, Shard
 
 IGNORED_LABEL = -100
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-CHUNK_BYTES = 96 * 2**20
-PART_OF_GRADIENT = 3 / 8
+CHUNK_BYTES = 128 * 2**20
+PART_OF_GRADIENT = 1 / 2
 """What the logits of a chunk take in the type they are kept in, or the part of what the weight's gradient
 takes, whichever is more, where the caller names no number of tokens.
 
-Every chunk reads the weight and its gradient once, so larger chunks are faster. Measured with
-benchmarks/loss_memory.py: in fp32 at 512 x 125,696 both say 96 MiB, the most that leaves the process well
-under a quarter of the plain path's memory.
+Every chunk reads the weight and its gradient once, so larger chunks are faster, up to about 512 rows.
+benchmarks/loss_memory.py, 2,048 x 512 x 125,696: 0.24 of the plain path's memory in fp32 and in bf16.
 """
 SAFE_LENGTH = 60.0
 """exp(60) times a million words is 1e32, exp(-60) is 1e-26; fp32 holds 1e-38 to 3e38."""
@@ -60,7 +61,7 @@ def norm_head_loss_sum(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     every_row: bool = False,
-    exponentials: Exponentials = eager.exponentials,
+    ops: Ops = eager.OPS,
 ) -> Tensor:
     """Sum of the cross entropies of hidden @ normalize(weight)^T over the labels != -100, fp32 [1].
 
@@ -95,10 +96,11 @@ def norm_head_loss_sum(
         # From the mean shard, not from this one: every rank has to take part in the same reductions.
         words_here = num_words if group is None else -(-num_words // group.size())
         chunk_tokens = _chunk_tokens(len(rows), words_here, hidden)
-    shard = _Shard(vocab_start, weight.shape[0], group)
+    shard = Shard(vocab_start, weight.shape[0], group)
     longest = _longest(hidden.detach(), rows, shard)
     is_safe = every_row or longest.item() <= SAFE_LENGTH  # not so for a NaN
-    job = _Job(rows, labels[rows], z_coefficient, chunk_tokens, shard, is_safe, exponentials)
+    chunk_loss = ChunkLoss(ops.exponentials, ops.head_block_words, z_coefficient, is_safe)
+    job = _Job(rows, labels[rows], chunk_tokens, shard, chunk_loss)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: Tensor = _NormHeadLoss.apply(hidden, weight, job)
         return loss
@@ -116,51 +118,17 @@ def _chunk_tokens(num_rows: int, words_here: int, hidden: Tensor) -> int:
 
 
 @dataclass(frozen=True)
-class _Shard:
-    """The words [start, start + size) that this rank holds, and whom to ask about the others."""
-
-    start: int
-    size: int
-    group: dist.ProcessGroup | None
-
-    def combine(self, values: Tensor, how: Any) -> None:
-        """Reduce `values` over the group, in place."""
-        if self.group is not None:
-            dist.all_reduce(values, op=how, group=self.group)
-
-    def local(self, words: Tensor) -> tuple[Tensor, Tensor]:
-        """Column of each word [C] in this shard, and whether it is held here (else the column is any)."""
-        columns = words - self.start
-        held = (columns >= 0) & (columns < self.size)
-        return columns.clamp(0, self.size - 1), held
-
-    def largest(self, logits: Tensor, *, with_words: bool) -> tuple[Tensor, Tensor | None]:
-        """The largest logit [C], and if wanted its word [C]; of several words with that logit, the lowest."""
-        local_max = logits.amax(dim=1)
-        max_logits = local_max.clone()
-        self.combine(max_logits, dist.ReduceOp.MAX)
-        if not with_words:
-            return max_logits, None
-        words = self.start + logits.argmax(dim=1)
-        words[local_max != max_logits] = torch.iinfo(words.dtype).max
-        self.combine(words, dist.ReduceOp.MIN)
-        return max_logits, words
-
-
-@dataclass(frozen=True)
 class _Job:
     """What to compute: the `rows` of hidden that the head sees, and their `labels`."""
 
     rows: Tensor
     labels: Tensor
-    z_coefficient: float
     chunk_tokens: int
-    shard: _Shard
-    is_safe: bool
-    exponentials: Exponentials
+    shard: Shard
+    chunk_loss: ChunkLoss
 
 
-def _longest(hidden: Tensor, rows: Tensor, shard: _Shard) -> Tensor:
+def _longest(hidden: Tensor, rows: Tensor, shard: Shard) -> Tensor:
     """Length of the longest of the `rows` of `hidden` [T, H], fp32 [1], the same on every rank."""
     longest = torch.zeros(1, dtype=torch.float32, device=hidden.device)
     if len(rows):
@@ -218,90 +186,50 @@ def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, job: _Job, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss [1], its gradient for hidden [T, H], and fp32 inv * d/d(unit row) [V, H] (None unless wanted)."""
-    weight = weight.to(hidden.dtype)
-    inverse_norms = row_norms(weight).clamp_min_(NORM_EPS).reciprocal_()
+    num_rows = min(job.chunk_tokens, job.rows.shape[0])
+    if num_rows < job.rows.shape[0]:
+        weight = weight.to(hidden.dtype)  # once; the rows of a single chunk are cast where they are used
+    head = Head(weight, row_norms(weight, hidden.dtype).clamp_min_(NORM_EPS).reciprocal_(), job.shard)
     loss = torch.zeros(1, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if want_hidden else None
     # The first chunk writes it, the others add to it.
     grad_weight = torch.empty_like(weight, dtype=torch.float32) if want_weight else None
-    num_rows = min(job.chunk_tokens, job.rows.shape[0])
-    products = torch.empty(num_rows, weight.shape[0], dtype=hidden.dtype, device=hidden.device)
-    chunks = (part.split(job.chunk_tokens) for part in (job.rows, job.labels))
-    if grad_weight is not None and not len(job.rows):
+    if grad_weight is not None and not num_rows:
         grad_weight.zero_()
+    buffer = torch.empty(num_rows * weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    chunks = (part.split(job.chunk_tokens) for part in (job.rows, job.labels))
     for number, (rows, labels) in enumerate(zip(*chunks, strict=True)):
-        h, n = hidden[rows], rows.shape[0]
-        torch.mm(h, weight.T, out=products[:n])
-        chunk_loss, sums = _loss_and_product_gradients_(products[:n], inverse_norms, labels, job)
-        loss += chunk_loss
+        logits = Logits(buffer, len(rows), weight.shape[0], job.chunk_loss.block_words)
+        chunk = job.chunk_loss(logits, hidden[rows], labels, head, want_hidden=want_hidden)
+        loss += chunk.loss
         if grad_hidden is not None:
-            grad_hidden[rows] = ((products[:n] @ weight) / sums[:, None]).to(hidden.dtype)
+            grad_hidden[rows] = chunk.grad_hidden.to(hidden.dtype)
         if grad_weight is not None:
-            right = (h / sums[:, None]).to(h.dtype)
-            _add_product_(grad_weight, products[:n], right, keep=number > 0)
+            for words, block in logits.blocks():
+                _add_product_(grad_weight[words], block, chunk.right, keep=number > 0)
     return loss, grad_hidden, grad_weight
-
-
-def _loss_and_product_gradients_(
-    products: Tensor, inverse_norms: Tensor, labels: Tensor, job: _Job
-) -> tuple[Tensor, Tensor]:
-    """Loss of a chunk and its softmax sums [C]; turns `products` [C, V], hidden @ weight^T, into their
-    gradient times the sums.
-
-    Leaving the division to the [C, H] factors of the next products saves a pass over [C, V].
-    """
-    shard = job.shard
-    with_z = job.z_coefficient != 0.0
-    labelled = labels != IGNORED_LABEL
-    columns, held = shard.local(labels)
-    held &= labelled
-    rows = torch.arange(len(labels), device=labels.device)
-    targets = products[rows, columns].float() * inverse_norms[columns]
-    shift, largest = None, None
-    if with_z or not job.is_safe:
-        shift, largest = shard.largest(products.float() * inverse_norms, with_words=with_z)
-    sums = job.exponentials(products, inverse_norms, shift)
-    statistics = torch.stack((sums, targets * held))
-    shard.combine(statistics, dist.ReduceOp.SUM)
-    sums, target_logits = statistics
-    if shift is None:
-        shift = torch.zeros_like(sums)
-    loss = ((sums.log() + shift - target_logits) * labelled).sum()
-    # Anew from fp32: what is left of the exponential of a word that is all but certain would be rounding.
-    of_targets = ((targets - shift).exp() - sums) * inverse_norms[columns]
-    # Neither scatter_ nor scatter_add_: on a CPU they copy all of [C, V] for one element a row.
-    products[rows, columns] = of_targets.to(products.dtype).where(held, products[rows, columns])
-    if largest is not None:
-        loss = loss + job.z_coefficient * shift.square().sum()
-        products.mul_(labelled[:, None])  # the others are here for the z-loss alone
-        columns, held = shard.local(largest)
-        slopes = 2 * job.z_coefficient * shift * held * sums * inverse_norms[columns]
-        products[rows, columns] += slopes.to(products.dtype)
-    return loss, sums
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
     """Adds left^T right to `total`, fp32 [V, H], or writes it there; left is [C, V] and right [C, H], of one
     type."""
-    if left.dtype == total.dtype:
+    if left.dtype != total.dtype:
+        product = left.T @ right
         if keep:
-            total.addmm_(left.T, right)
+            total.add_(product.float())
         else:
-            torch.mm(left.T, right, out=total)
-        return
-    for words in _blocks(total.shape[0]):
-        product = left[:, words].T @ right
-        if keep:
-            total[words].add_(product.float())
-        else:
-            total[words].copy_(product)
+            total.copy_(product)
+    elif keep:
+        total.addmm_(left.T, right)
+    else:
+        torch.mm(left.T, right, out=total)
 
 
-def row_norms(weight: Tensor) -> Tensor:
-    """Lengths of the rows of [V, H], fp32 [V]."""
+def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Lengths of the rows of [V, H] when cast to `dtype`, fp32 [V]."""
     # torch's own norm of bf16 in fp32 took five times as long as a norm of fp32 copies of blocks.
-    norms = [torch.linalg.vector_norm(weight[words].float(), dim=1) for words in _blocks(weight.shape[0])]
-    return torch.cat(norms)
+    blocks = (weight[words].to(dtype).float() for words in _blocks(weight.shape[0]))
+    return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
 
 
 def _through_normalisation_(gradient: Tensor, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> None:
