@@ -136,6 +136,7 @@ def test_ranks_get_the_environment_that_suits_them_unless_the_person_said_otherw
     remains(0, num_ranks=num_ranks)
     command, how = remains.started[-1]
     assert how["env"]["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert "GOMP_SPINCOUNT" not in how["env"]
     assert how["env"].get("OMP_NUM_THREADS") == (None if num_ranks == 1 else "1")
     assert how["env"]["TORCH_DEVICE_BACKEND_AUTOLOAD"] == "0"
     assert how["start_new_session"]
@@ -166,7 +167,7 @@ def test_a_killed_torchrun_of_several_machines_is_told_with_its_machine(remains,
 
 
 def test_what_suits_them():
-    common = {"OMP_WAIT_POLICY": "PASSIVE", "GLIBC_TUNABLES": KEEPING}
+    common = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000", "GLIBC_TUNABLES": KEEPING}
     assert rank_environment("cpu", 1, environment={}) == common
     assert rank_environment("cpu", 8, environment={}) == {**common, "OMP_NUM_THREADS": "1"}
 
