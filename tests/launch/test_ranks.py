@@ -19,7 +19,8 @@ from bc2exp.launch.ranks import Failure, Ranks
 from bc2exp.launch.run import DONE, FAILED, STOPPED, WRONG, conclude
 from bc2exp.tracking.journal import Journal, outcome
 
-KEEPING = "glibc.malloc.hugetlb=1:glibc.malloc.trim_threshold=4294967296:glibc.malloc.mmap_threshold=67108864"
+WORDS = ("hugetlb=1", f"trim_threshold={2**34}", f"mmap_threshold={2**34}")
+KEEPING = ":".join(f"glibc.malloc.{word}" for word in WORDS)
 TORCHRUN = """\
 W1121 21:53:13.506000 10440 api.py:1028] Sending process {told} closing signal SIGTERM
 E1121 21:53:13.514000 10440 api.py:1002] failed (exitcode: 1)
@@ -179,8 +180,8 @@ def test_memory_that_is_freed_stays_with_the_process():
         malloc, free = (getattr(ctypes.CDLL(None), name) for name in ("malloc", "free"))
         malloc.restype, free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
         for _ in range(20):
-            block = malloc(2**25)
-            ctypes.memset(block, 1, 2**25)
+            block = malloc(2**27)
+            ctypes.memset(block, 1, 2**27)
             free(block)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
     """
@@ -192,8 +193,8 @@ def test_memory_that_is_freed_stays_with_the_process():
         command = [sys.executable, "-c", program]
         return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
-    kept, given_back = faults(KEEPING), faults("glibc.malloc.mmap_threshold=65536")
-    assert given_back - kept > 18 * 2**25 // 2**21, "every block was taken anew"
+    kept, given_back = faults(KEEPING), faults(f"glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold={2**26}")
+    assert given_back - kept > 18 * 2**27 // 2**21, "every block was taken anew"
 
 
 @pytest.fixture
