@@ -84,7 +84,7 @@ def exponentials(products: Tensor, scale: Tensor, shift: Tensor | None, wide: Te
 
 
 HEAD_BLOCK_WORDS = 2**14
-"""Enough for the matrix kernels of an accelerator, and an eighth of the vocabulary in fp32 at one time."""
+"""An eighth of the vocabulary: few blocks with small fp32 copies. Untimed: no accelerator was at hand."""
 
 OPS = Ops(
     attention=attention,

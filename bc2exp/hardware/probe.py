@@ -94,7 +94,7 @@ def _wanted(backend: str, num_ranks: int, interface: str | None, deterministic: 
 
 
 _SPINS = "10000"
-"""How often an idle thread of GNU OpenMP looks for work before it sleeps; other OpenMPs do not know the word.
+"""How often an idle thread of GNU OpenMP looks for work before it sleeps.
 
 By default it spins so long that with several processes on few cores idle threads keep the busy ones out. If
 it sleeps at once, as the policy alone says, each short operation waits for it to wake: the loss of 4,096
