@@ -61,7 +61,6 @@ def profile(folder: Path, args: argparse.Namespace) -> list[Any]:
 
     from bc2exp.data.batches import MicroBatch
     from bc2exp.hardware import get_backend
-    from bc2exp.parallel.shard import scale_gradients
     from bc2exp.parallel.world import World
     from bc2exp.tasks import build
 
@@ -82,8 +81,8 @@ def profile(folder: Path, args: argparse.Namespace) -> list[Any]:
     def step() -> None:
         layout.train([part], 1 / part.num_labels)
         with record_function(CLIPPING):
-            scale_gradients(layout.model, 1 / max(1.0, float(layout.finish()) ** 0.5))
-        optimizer.step()
+            norm = float(layout.finish()) ** 0.5
+        optimizer.step(factor=1 / max(1.0, norm))
         optimizer.zero_grad()
 
     for _ in range(WARM):

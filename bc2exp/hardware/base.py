@@ -82,6 +82,7 @@ class Ops:
     """The operations a model asks of its device; each fused answer has a twin in `eager`.
 
     `head_block_words`: words of the vocabulary whose logits, of a chunk of positions, are worked on at once.
+    `sparse_gradients`: whether the device has sparse tensors, for the gradient of an embedding.
     """
 
     attention: Attention
@@ -90,6 +91,7 @@ class Ops:
     rotary: Rotary
     exponentials: Exponentials
     head_block_words: int
+    sparse_gradients: bool
 
 
 class Backend(Protocol):

@@ -154,6 +154,7 @@ class CpuBackend:
         rotary=cpu_pointwise.rotary,
         exponentials=exponentials,
         head_block_words=HEAD_BLOCK_WORDS,
+        sparse_gradients=True,
     )
 
     def device(self, local_rank: int) -> torch.device:

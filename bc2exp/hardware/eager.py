@@ -93,6 +93,7 @@ OPS = Ops(
     rotary=rotary,
     exponentials=exponentials,
     head_block_words=HEAD_BLOCK_WORDS,
+    sparse_gradients=False,
 )
 
 

@@ -25,6 +25,7 @@ from bc2exp.model.cache import Cache
 from bc2exp.model.linear import Embedding, Linear
 from bc2exp.model.loss import NORM_EPS, norm_head_loss_sum, row_norms
 from bc2exp.model.positions import alibi_slopes, rope_tables, segment_positions
+from bc2exp.model.room import Room
 
 POSITIONS = ("rope", "alibi")
 PADDING_ID = 0
@@ -69,12 +70,12 @@ class Attention(nn.Module):
     `first_head` is the number, in the whole model, of the first head held here: it picks the slopes.
     """
 
-    def __init__(self, hidden_size: int, head_dim: int, layer_index: int, ops: Ops) -> None:
+    def __init__(self, hidden_size: int, head_dim: int, layer_index: int, ops: Ops, casts: Room) -> None:
         super().__init__()
-        self.q_proj = Linear(hidden_size, hidden_size)
-        self.k_proj = Linear(hidden_size, hidden_size)
-        self.v_proj = Linear(hidden_size, hidden_size)
-        self.o_proj = Linear(hidden_size, hidden_size)
+        self.q_proj = Linear(hidden_size, hidden_size, casts)
+        self.k_proj = Linear(hidden_size, hidden_size, casts)
+        self.v_proj = Linear(hidden_size, hidden_size, casts)
+        self.o_proj = Linear(hidden_size, hidden_size, casts)
         self.head_dim = head_dim
         self.first_head = 0
         self.layer_index = layer_index
@@ -102,28 +103,35 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int, ops: Ops) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, ops: Ops, casts: Room) -> None:
         super().__init__()
-        self.gate_proj = Linear(hidden_size, intermediate_size)
-        self.up_proj = Linear(hidden_size, intermediate_size)
-        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.gate_proj = Linear(hidden_size, intermediate_size, casts)
+        self.up_proj = Linear(hidden_size, intermediate_size, casts)
+        self.down_proj = Linear(intermediate_size, hidden_size, casts)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj.of_gated(self.ops.swiglu, self.gate_proj(x), self.up_proj(x))
 
 
 class DecoderLayer(nn.Module):
     """One block of the network; hidden states [batch, sequence, hidden] in and out."""
 
     def __init__(
-        self, hidden_size: int, intermediate_size: int, head_dim: int, layer_index: int, eps: float, ops: Ops
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        head_dim: int,
+        layer_index: int,
+        eps: float,
+        ops: Ops,
+        casts: Room,
     ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(hidden_size, eps, ops)
-        self.self_attn = Attention(hidden_size, head_dim, layer_index, ops)
+        self.self_attn = Attention(hidden_size, head_dim, layer_index, ops, casts)
         self.post_attention_layernorm = RMSNorm(hidden_size, eps, ops)
-        self.mlp = FeedForward(hidden_size, intermediate_size, ops)
+        self.mlp = FeedForward(hidden_size, intermediate_size, ops, casts)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), context)
@@ -135,7 +143,7 @@ class NormHead(nn.Module):
 
     For a shard of the vocabulary set `vocab_start` and `group` (see `norm_head_loss_sum`); the logits are
     then this shard's. Training adds z-loss; the trainer sets its `z_loss_ratio`, labels / real positions.
-    `every_row`: see there; for tensors without values.
+    `narrow_gradient`, and for tensors without values `every_row`: see there.
     """
 
     def __init__(self, vocab_size: int, hidden_size: int, z_loss_weight: float, ops: Ops) -> None:
@@ -147,6 +155,7 @@ class NormHead(nn.Module):
         self.z_loss_ratio: float | None = None
         self.vocab_start = 0
         self.every_row = False
+        self.narrow_gradient: Room | None = None
         self.group: dist.ProcessGroup | None = None
 
     def forward(
@@ -179,6 +188,7 @@ class NormHead(nn.Module):
             vocab_size=self.vocab_size,
             group=self.group,
             every_row=self.every_row,
+            narrow_gradient=self.narrow_gradient,
             ops=self.ops,
         )
 
@@ -221,12 +231,15 @@ class Baichuan2(nn.Module):
             "rope_theta": rope_theta,
             "z_loss_weight": z_loss_weight,
         }
+        self.ops, self.casts = ops, Room()
         self.head_dim = head_dim
         self.embed_tokens = Embedding(vocab_size, hidden_size, padding_idx=PADDING_ID)
         # Keyed by the number in the whole model: a stage that drops layers keeps every other name.
         self.layers = nn.ModuleDict(
             {
-                str(index): DecoderLayer(hidden_size, intermediate_size, head_dim, index, rms_norm_eps, ops)
+                str(index): DecoderLayer(
+                    hidden_size, intermediate_size, head_dim, index, rms_norm_eps, ops, self.casts
+                )
                 for index in range(num_layers)
             }
         )
@@ -269,6 +282,22 @@ class Baichuan2(nn.Module):
         """Compute in `dtype`, whatever the type of the weights; their gradients have theirs."""
         assert self.embed_tokens is not None, "the type comes from the embedding, which another stage has"
         self.embed_tokens.compute_dtype = dtype
+
+    def hold_gradients(self, *, narrow: bool) -> None:
+        """In what form the next backward passes leave the gradients of the matrices; none may be there.
+
+        `narrow`: as they are computed, so of a matrix in the type that is computed in, and of the embedding,
+        where the device has sparse tensors, the rows that were used. That is for one backward pass: sums of
+        several want the type of the weights, which all gradients have otherwise.
+        """
+        for parameter in self.parameters():
+            assert parameter.grad is None
+            if parameter.dim() > 1:
+                parameter.grad_dtype = None if narrow else parameter.dtype
+        if self.embed_tokens is not None:
+            self.embed_tokens.sparse = narrow and self.ops.sparse_gradients
+        if self.lm_head is not None:
+            self.lm_head.narrow_gradient = (self.lm_head.narrow_gradient or Room()) if narrow else None
 
     def _context(
         self,

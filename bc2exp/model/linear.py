@@ -7,51 +7,126 @@ themselves; here it is cast again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bc2exp.model.room import Room
+
+Activation = Callable[[Tensor, Tensor], Tensor]
+"""See `hardware.base.SwiGlu`."""
+
 
 class Linear(nn.Linear):
-    """A matrix without bias, used in the type of what it is given."""
+    """A matrix without bias, used in the type of what it is given. Where it is cast, it is into
+    `casts`, which all of a model share."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, casts: Room) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self.casts = casts
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight)
-        out: Tensor = _CastLinear.apply(x, self.weight)
+        out: Tensor = _CastLinear.apply(x, self.weight, self.casts)
+        return out
+
+    def of_gated(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
+        """The matrix times activation(gate, up). For the backward pass that is computed again where the
+        weight is cast again, too: it takes little time and would be a quarter of what a layer keeps."""
+        if self.weight.dtype == gate.dtype:
+            return F.linear(activation(gate, up), self.weight)
+        out: Tensor = _CastGatedLinear.apply(activation, gate, up, self.weight, self.casts)
         return out
 
 
 class _CastLinear(torch.autograd.Function):
-    """x [..., I] times weight [O, I]^T, cast to x's type; the weight's gradient has the weight's."""
+    """x [..., I] times weight [O, I]^T, cast to x's type. The weight's gradient comes in x's type, from which
+    autograd casts it to the weight's `grad_dtype`, if there is one."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, casts: Room) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(x, weight.to(x.dtype))
+        ctx.casts = casts
+        return F.linear(x, _cast(weight, x.dtype, casts))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        want_x, want_weight = ctx.needs_input_grad
-        grad_x = grad_out @ weight.to(x.dtype) if want_x else None
-        grad_weight = None
-        if want_weight:
-            rows = grad_out.flatten(0, -2)
-            grad_weight = (rows.T @ x.flatten(0, -2)).to(weight.dtype)
-        return grad_x, grad_weight
+        return *_gradients(grad_out, x, weight, ctx.casts, ctx.needs_input_grad), None
+
+
+class _CastGatedLinear(torch.autograd.Function):
+    """The same of activation(gate, up) [..., I]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, activation: Activation, gate: Tensor, up: Tensor, weight: Tensor, casts: Room
+    ) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        ctx.activation, ctx.casts = activation, casts
+        return F.linear(activation(gate, up), _cast(weight, gate.dtype, casts))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *given, weight = ctx.saved_tensors
+        _, *wanted, want_weight, _ = ctx.needs_input_grad
+        given = [tensor.detach().requires_grad_(want) for tensor, want in zip(given, wanted, strict=True)]
+        with torch.enable_grad():
+            x = ctx.activation(*given)
+        grad_x, grad_weight = _gradients(grad_out, x.detach(), weight, ctx.casts, (any(wanted), want_weight))
+        if grad_x is not None:
+            x.backward(grad_x)
+        return None, *(tensor.grad for tensor in given), grad_weight, None
+
+
+def _cast(weight: Tensor, dtype: torch.dtype, casts: Room) -> Tensor:
+    """Good until the next one is cast."""
+    return casts.take(weight.shape, dtype, weight.device).copy_(weight)
+
+
+def _gradients(
+    grad_out: Tensor, x: Tensor, weight: Tensor, casts: Room, wanted: tuple[bool, ...]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of x and weight, where wanted, in x's type."""
+    grad_x = grad_out @ _cast(weight, x.dtype, casts) if wanted[0] else None
+    grad_weight = grad_out.flatten(0, -2).T @ x.flatten(0, -2) if wanted[1] else None
+    return grad_x, grad_weight
 
 
 class Embedding(nn.Embedding):
-    """Rows of words, in the type `compute_dtype`; None: in their own."""
+    """Rows of words, in the type `compute_dtype`; None: in their own. With `sparse` the weight's gradient has
+    only the rows of words that were used, each as often as its word."""
 
     compute_dtype: torch.dtype | None = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        return super().forward(ids).to(self.compute_dtype)
+        if self.sparse and torch.is_grad_enabled():
+            rows: Tensor = _SparseRows.apply(self.weight, ids, self.padding_idx)
+            return rows.to(self.compute_dtype)
+        return F.embedding(ids, self.weight, self.padding_idx).to(self.compute_dtype)
+
+
+class _SparseRows(torch.autograd.Function):
+    """As torch's own sparse embedding; but that leaves out the rows of padding, so that its size depends on
+    values, which a plan does not have. Here they are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor, padding: int | None) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape, ctx.padding = weight.shape, padding
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, None, None]:
+        ids = ctx.saved_tensors[0].flatten()
+        rows = grad_out.flatten(0, -2)
+        if ctx.padding is not None:
+            rows = rows * (ids != ctx.padding)[:, None]
+        return torch.sparse_coo_tensor(ids[None], rows, ctx.shape, check_invariants=False), None, None

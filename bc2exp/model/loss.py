@@ -30,6 +30,7 @@ from torch import Tensor
 from bc2exp.hardware import eager
 from bc2exp.hardware.base import Ops
 from bc2exp.model.chunk import ChunkLoss, Head, Logits, Shard
+from bc2exp.model.room import Room
 
 IGNORED_LABEL = -100
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
@@ -61,6 +62,7 @@ def norm_head_loss_sum(
     vocab_size: int | None = None,
     group: dist.ProcessGroup | None = None,
     every_row: bool = False,
+    narrow_gradient: Room | None = None,
     ops: Ops = eager.OPS,
 ) -> Tensor:
     """Sum of the cross entropies of hidden @ normalize(weight)^T over the labels != -100, fp32 [1].
@@ -80,8 +82,10 @@ def norm_head_loss_sum(
     gradient of hidden is then THIS RANK'S PARTIAL SUM, to be added up over the group by the caller.
 
     `chunk_tokens` is C; by default see CHUNK_BYTES. With `every_row` no values are looked at beforehand:
-    all rows reach the head, as if each had a label, and lengths are taken to be safe. `exponentials` is the
-    device's own.
+    all rows reach the head, as if each had a label, and lengths are taken to be safe. `ops` are the device's.
+
+    With `narrow_gradient`, where all rows are one chunk, so that nothing is added up, the weight's gradient
+    comes in hidden's type, and lies there until the next call: over the logits, if it is as large.
 
     The graph can be walked back once: a second backward raises RuntimeError. Raises ValueError, naming
     it, for a label outside the vocabulary.
@@ -100,7 +104,8 @@ def norm_head_loss_sum(
     longest = _longest(hidden.detach(), rows, shard)
     is_safe = every_row or longest.item() <= SAFE_LENGTH  # not so for a NaN
     chunk_loss = ChunkLoss(ops.exponentials, ops.head_block_words, z_coefficient, is_safe)
-    job = _Job(rows, labels[rows], chunk_tokens, shard, chunk_loss)
+    narrow_gradient = narrow_gradient if 0 < len(rows) <= chunk_tokens else None
+    job = _Job(rows, labels[rows], chunk_tokens, shard, chunk_loss, narrow_gradient)
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         loss: Tensor = _NormHeadLoss.apply(hidden, weight, job)
         return loss
@@ -119,13 +124,15 @@ def _chunk_tokens(num_rows: int, words_here: int, hidden: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Job:
-    """What to compute: the `rows` of hidden that the head sees, and their `labels`."""
+    """What to compute: the `rows` of hidden that the head sees, and their `labels`. `narrow_gradient` is only
+    there where they are one chunk."""
 
     rows: Tensor
     labels: Tensor
     chunk_tokens: int
     shard: Shard
     chunk_loss: ChunkLoss
+    narrow_gradient: Room | None
 
 
 def _longest(hidden: Tensor, rows: Tensor, shard: Shard) -> Tensor:
@@ -178,25 +185,25 @@ class _NormHeadLoss(torch.autograd.Function):
         if grad_weight is not None:
             (weight,) = ctx.saved_tensors
             _through_normalisation_(grad_weight, weight, ctx.compute_dtype, grad_loss)
-            grad_weight = grad_weight.to(weight.dtype)
+            if grad_weight.dtype == torch.float32:
+                grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None
 
 
 def _loss_and_gradients(
     hidden: Tensor, weight: Tensor, job: _Job, want_hidden: bool, want_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss [1], its gradient for hidden [T, H], and fp32 inv * d/d(unit row) [V, H] (None unless wanted)."""
+    """Loss [1], its gradient for hidden [T, H], and inv * d/d(unit row) [V, H], fp32 or narrow (None unless
+    wanted)."""
     num_rows = min(job.chunk_tokens, job.rows.shape[0])
     if num_rows < job.rows.shape[0]:
         weight = weight.to(hidden.dtype)  # once; the rows of a single chunk are cast where they are used
     head = Head(weight, row_norms(weight, hidden.dtype).clamp_min_(NORM_EPS).reciprocal_(), job.shard)
     loss = torch.zeros(1, dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.zeros_like(hidden) if want_hidden else None
-    # The first chunk writes it, the others add to it.
-    grad_weight = torch.empty_like(weight, dtype=torch.float32) if want_weight else None
-    if grad_weight is not None and not num_rows:
-        grad_weight.zero_()
-    buffer = torch.empty(num_rows * weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    buffer, grad_weight = _room(
+        num_rows, hidden, weight, job.narrow_gradient if want_weight else None, want_weight=want_weight
+    )
     chunks = (part.split(job.chunk_tokens) for part in (job.rows, job.labels))
     for number, (rows, labels) in enumerate(zip(*chunks, strict=True)):
         logits = Logits(buffer, len(rows), weight.shape[0], job.chunk_loss.block_words)
@@ -206,8 +213,31 @@ def _loss_and_gradients(
             grad_hidden[rows] = chunk.grad_hidden.to(hidden.dtype)
         if grad_weight is not None:
             for words, block in logits.blocks():
-                _add_product_(grad_weight[words], block, chunk.right, keep=number > 0)
+                if job.narrow_gradient is not None:
+                    grad_weight[words] = block.T @ chunk.right  # not `out`: it may lie over the block
+                else:
+                    _add_product_(grad_weight[words], block, chunk.right, keep=number > 0)
     return loss, grad_hidden, grad_weight
+
+
+def _room(
+    num_rows: int, hidden: Tensor, weight: Tensor, narrow_gradient: Room | None, *, want_weight: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Memory for the logits of a chunk, flat, and for the weight's gradient, which the first chunk writes.
+
+    A narrow gradient with at least as many columns as the chunk has rows lies over the logits: they fill the
+    end of it, so that the gradient of some words ends before the logits of the next ones begin.
+    """
+    num_words, width = weight.shape
+    gradient = None
+    if narrow_gradient is not None:
+        gradient = narrow_gradient.take(weight.shape, hidden.dtype, hidden.device)
+        if num_rows <= width:
+            return gradient.view(-1)[num_words * (width - num_rows) :], gradient
+    elif want_weight:
+        make = torch.empty_like if num_rows else torch.zeros_like
+        gradient = make(weight, dtype=torch.float32)
+    return hidden.new_empty(num_rows * num_words), gradient
 
 
 def _add_product_(total: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> None:
@@ -228,21 +258,27 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor, *, keep: bool) -> 
 def row_norms(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Lengths of the rows of [V, H] when cast to `dtype`, fp32 [V]."""
     # torch's own norm of bf16 in fp32 took five times as long as a norm of fp32 copies of blocks.
-    blocks = (weight[words].to(dtype).float() for words in _blocks(weight.shape[0]))
-    return torch.cat([torch.linalg.vector_norm(block, dim=1) for block in blocks])
+    # All norms in one tensor from the start: those of a block would lie behind its copies, and what these
+    # leave be too small for the next block's. With glibc's allocator the holes were as large as the weight.
+    norms = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    for words in _blocks(weight.shape[0]):
+        norms[words] = torch.linalg.vector_norm(weight[words].to(dtype).float(), dim=1)
+    return norms
 
 
 def _through_normalisation_(gradient: Tensor, weight: Tensor, dtype: torch.dtype, factor: Tensor) -> None:
-    """Turns inv * d/d(unit row), fp32 [V, H], into d/d(row) times `factor` [1], in place, in one pass over
-    gradient and weight. `dtype`: what the rows were cast to."""
+    """Turns inv * d/d(unit row) [V, H] into d/d(row) times `factor` [1], in place, computed in fp32, in one
+    pass over gradient and weight. `dtype`: what the rows were cast to."""
     for words in _blocks(weight.shape[0]):
         rows = weight[words].to(dtype).float()
         inverse = torch.linalg.vector_norm(rows, dim=1).clamp_min_(NORM_EPS).reciprocal_()
-        scaled = gradient[words].mul_(factor)
+        scaled = gradient[words].float().mul_(factor)
         along = (scaled * rows).sum(dim=1) * inverse.square()
         # A row shorter than the epsilon is divided by the epsilon, a constant.
         along *= inverse < 1.0 / NORM_EPS
         scaled.addcmul_(rows, along[:, None], value=-1)
+        if gradient.dtype != scaled.dtype:
+            gradient[words] = scaled
 
 
 def _blocks(num_rows: int) -> Iterator[slice]:

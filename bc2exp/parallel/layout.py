@@ -62,6 +62,7 @@ def parallelize(
         sequence_parallel=sequence_parallel,
         keep_gathered=zero_stage == 2 or mesh.shard == 1,
         defer_reduction=defer_reduction,
+        casts_weights=shard.casts_weights(mesh, precision),
     )
 
 
@@ -80,7 +81,14 @@ def lay_out_copies(model: Baichuan2, mesh: Mesh, *, precision: str) -> Layout:
     model.eval()
     parts = Parts(mesh, shapes, model.shape["num_layers"])
     return Layout(
-        model, mesh, parts, None, sequence_parallel=False, keep_gathered=True, defer_reduction=False
+        model,
+        mesh,
+        parts,
+        None,
+        sequence_parallel=False,
+        keep_gathered=True,
+        defer_reduction=False,
+        casts_weights=False,
     )
 
 
@@ -94,6 +102,7 @@ class Layout:
         parts: which parts of the weights lie where.
         pipeline: this rank's stage, None where there is one stage.
         sequence_parallel, keep_gathered, defer_reduction: see the configuration.
+        casts_weights: they are wider than what is computed in.
     """
 
     model: Baichuan2
@@ -103,6 +112,7 @@ class Layout:
     sequence_parallel: bool
     keep_gathered: bool
     defer_reduction: bool
+    casts_weights: bool
 
     def take_storage(self) -> None:
         """Give this rank's parts memory on its device; every one is then to be assigned."""
@@ -136,6 +146,8 @@ class Layout:
 
         if self.pipeline is not None:
             return self._all_or_zeros(self.pipeline.train(batch, self._forward, backward), batch)
+        if self.casts_weights:
+            self.model.hold_gradients(narrow=len(batch) == 1)
         losses = []
         for index, part in enumerate(batch):
             loss = self._forward(part.input_ids.to(self.mesh.world.device), part)

@@ -9,7 +9,7 @@ with nobody, which on a CPU copied every parameter and gradient several times a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -19,20 +19,25 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from bc2exp.model.baichuan2 import Baichuan2
+from bc2exp.model.loss import ROW_BLOCK
 from bc2exp.model.plan import tensor_cut
 from bc2exp.parallel.mesh import Mesh
 
 
 def needs_sharding(mesh: Mesh, precision: str) -> bool:
     """Whether FSDP2 is used at all."""
-    alone = mesh.num_data_ranks * mesh.tensor * mesh.pipeline == 1
-    return mesh.num_data_ranks > 1 or (precision == "bf16" and not alone)
+    return mesh.num_data_ranks > 1 or (precision == "bf16" and not casts_weights(mesh, precision))
+
+
+def casts_weights(mesh: Mesh, precision: str) -> bool:
+    """Whether the weights are wider than what is computed in, and each is cast where it is used."""
+    return precision == "bf16" and mesh.num_data_ranks * mesh.tensor * mesh.pipeline == 1
 
 
 def shard_layers(model: Baichuan2, mesh: Mesh, *, precision: str, zero_stage: int) -> None:
     """Wrap every layer, the embedding and the head, and then the model, in place. Parameters are fp32."""
     if not needs_sharding(mesh, precision):
-        if precision == "bf16":
+        if casts_weights(mesh, precision):
             model.compute_in(torch.bfloat16)
         return
     axes = ("replicate", "shard") if mesh.replicate > 1 else "shard"
@@ -104,13 +109,17 @@ def squared_norm(model: nn.Module, mesh: Mesh) -> Tensor:
     total = torch.zeros((), device=mesh.world.device)
     for name, gradient in gradients(model):
         # Row by row: one fp32 sum over a hundred million squares is wrong by half a per cent.
-        rows = torch.linalg.vector_norm(gradient.float(), dim=-1)
         copies = 1 if tensor_cut(name).dim is not None else mesh.tensor
-        total += rows.square().sum() / copies
+        for rows in _wide_rows(gradient):
+            total += torch.linalg.vector_norm(rows, dim=-1).square().sum() / copies
     return total / mesh.replicate
 
 
-def scale_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply every gradient."""
-    parts = [gradient for _, gradient in gradients(model)]
-    torch._foreach_mul_(parts, factor)
+def _wide_rows(gradient: Tensor) -> Iterator[Tensor]:
+    """The rows of a gradient in fp32, of one that is narrower a block at a time."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    if gradient.dtype == torch.float32:
+        yield gradient
+    else:
+        yield from (rows.float() for rows in gradient.split(ROW_BLOCK))

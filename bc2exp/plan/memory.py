@@ -19,9 +19,7 @@ from bc2exp.model.baichuan2 import Baichuan2
 from bc2exp.parallel.layout import parallelize
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.shard import local, needs_sharding
-from bc2exp.plan.trace import Pass, Passes
-
-FP32 = 4
+from bc2exp.plan.trace import FP32, Pass, Passes
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Memory:
 
     Attributes:
         parameters: fp32.
-        gradients: fp32, those that are there at the highest moment of a step.
+        gradients: those that are there at the highest moment of a step, fp32, or as they are computed.
         optimizer: both moments of AdamW, and the counters of its steps.
         gathered: copies of parameters in the type of computing, and gradients on their way to their shard.
         activations: what forward and backward passes hold beside all that.
@@ -85,6 +83,7 @@ def memory_of(
     keep_gathered: bool,
     defer_reduction: bool,
     num_micro_batches: int,
+    narrow_gradients: bool,
 ) -> Memory:
     """The memory of the rank that `mesh` is seen from, at the moment of a step when it is highest.
 
@@ -92,13 +91,18 @@ def memory_of(
         own: {name: elements} of its parts of the weights.
         whole: the same before they are cut into shards.
         keep_gathered, defer_reduction: see `Layout`.
+        narrow_gradients: see `Baichuan2.hold_gradients`; `passes` are then of such.
     """
     groups = groups_of(whole)
+    gradients = {group: count * FP32 for group, count in groups_of(own).items()}
+    if narrow_gradients:
+        known = {"embed_tokens": passes.embedding, "head": passes.head}
+        gradients = {group: known.get(group, passes.layer).gradients for group in groups}
     step = _Step(
         mesh=mesh,
         passes=passes,
         whole=groups,
-        own=groups_of(own),
+        gradients=gradients,
         num_layers=sum(group.startswith("layers.") for group in groups),
         num_micro_batches=num_micro_batches,
         compute=2 if precision == "bf16" else FP32,
@@ -108,7 +112,8 @@ def memory_of(
     )
     parameters, _, optimizer = state_bytes(own)
     highest = max(step.moments(), key=sum)
-    return Memory(parameters, highest.gradients, optimizer, highest.gathered, highest.activations)
+    gathered = highest.gathered + passes.casts
+    return Memory(parameters, highest.gradients, optimizer, gathered, highest.activations)
 
 
 class Moment(NamedTuple):
@@ -129,7 +134,8 @@ class _Step:
     pass, are copied to fp32 and reduced; this copy lies there until the next group's is made.
 
     Args:
-        whole, own: {group: elements} of the stage, before and after they are cut into shards.
+        whole: {group: elements} of the stage before they are cut into shards.
+        gradients: {group: bytes} of this rank's.
         compute: bytes of a number in the computing type.
         shards: whether FSDP2 is used.
     """
@@ -137,7 +143,7 @@ class _Step:
     mesh: Mesh
     passes: Passes
     whole: dict[str, int]
-    own: dict[str, int]
+    gradients: dict[str, int]
     num_layers: int
     num_micro_batches: int
     compute: int
@@ -165,7 +171,7 @@ class _Step:
         yield self._backward(layers[0], done, others + base, layer)
         if self.mesh.first_stage:
             yield self._backward("embed_tokens", [*done, layers[0]], others, embedding)
-        yield Moment(sum(self.own.values()) * FP32, 0, others)
+        yield Moment(sum(self.gradients.values()), 0, others)
 
     @property
     def _in_flight(self) -> int:
@@ -178,14 +184,14 @@ class _Step:
 
     def _forward(self, group: str, activations: int) -> Moment:
         """The moment at which `group` is at work on its output."""
-        gradients = sum(self.own.values()) * FP32 if self._accumulated else 0
+        gradients = sum(self.gradients.values()) if self._accumulated else 0
         gathered = self._gathered(group, []) * self.compute + self._deferred if self.shards else 0
         return Moment(gradients, gathered, activations)
 
     def _backward(self, group: str, done: list[str], activations: int, passed: Pass) -> Moment:
         """The moment at which `group` is on the way back; the backward pass of those in `done` has ended."""
-        there = self.own if self._accumulated else done
-        gradients = sum(self.own[name] for name in there) * FP32
+        there = self.gradients if self._accumulated else done
+        gradients = sum(self.gradients[name] for name in there)
         if not self.shards:
             # a gradient that is there is added to
             peak = passed.backward_peak if self._accumulated else passed.backward_peak_and_gradients

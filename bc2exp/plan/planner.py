@@ -19,6 +19,7 @@ from bc2exp.hardware.eager import with_twins
 from bc2exp.model.baichuan2 import Baichuan2
 from bc2exp.model.plan import span, stage_of, tensor_cut
 from bc2exp.parallel.mesh import Mesh
+from bc2exp.parallel.shard import casts_weights
 from bc2exp.parallel.world import World
 from bc2exp.plan.estimate import Rates, Time, recomputed, step_time
 from bc2exp.plan.memory import Memory, groups_of, memory_of
@@ -95,10 +96,13 @@ class Planner:
         """The plan of a choice that fits model and batch; `exact`: by a trace of its own micro batch."""
         size = prod((choice.pipeline, choice.replicate, choice.shard, choice.tensor))
         num_micro_batches = self.global_batch // (choice.num_data_ranks * choice.micro_batch)
+        casts = casts_weights(self._mesh(choice, 0, size), self.precision)
+        narrow = casts and num_micro_batches == 1
         if exact:
-            passes = self._trace(choice, choice.micro_batch)
+            passes = self._trace(choice, choice.micro_batch, casts, narrow)
         else:
-            passes = _extrapolate(self._trace(choice, 1), self._trace(choice, 2), choice.micro_batch)
+            one, two = (self._trace(choice, rows, casts, narrow) for rows in (1, 2))
+            passes = _extrapolate(one, two, choice.micro_batch)
         keep = choice.zero_stage == 2 or choice.shard == 1
         constant = planning_constant(self.backend, self.twins)
         stages = []
@@ -114,6 +118,7 @@ class Planner:
                 keep_gathered=keep,
                 defer_reduction=choice.defer_reduction,
                 num_micro_batches=num_micro_batches,
+                narrow_gradients=narrow,
             )
             memory = replace(memory, activations=memory.activations + constant)
             stages.append((memory.total, stage, memory, mesh, whole))
@@ -164,9 +169,8 @@ class Planner:
         world = World(rank, size, 0, 1, get_backend(HOST))
         return Mesh(world, choice.pipeline, choice.replicate, choice.shard, choice.tensor)
 
-    def _trace(self, choice: Choice, rows: int) -> Passes:
-        single = choice.num_data_ranks * choice.tensor * choice.pipeline == 1
-        key = choice.tensor, choice.sequence_parallel, choice.recompute, rows, single
+    def _trace(self, choice: Choice, rows: int, wide: bool, narrow: bool) -> Passes:
+        key = choice.tensor, choice.sequence_parallel, choice.recompute, rows, wide, narrow
         if key not in self._traces:
             with alone(0, choice.tensor):
                 world = World(0, choice.tensor, 0, choice.tensor, get_backend(HOST))
@@ -177,7 +181,8 @@ class Planner:
                     rows=rows,
                     length=self.length,
                     dtype=torch.bfloat16 if self.precision == "bf16" else torch.float32,
-                    wide=single,
+                    wide=wide,
+                    narrow_gradients=narrow,
                     sequence_parallel=choice.sequence_parallel,
                     recompute=choice.recompute,
                 )
@@ -219,6 +224,7 @@ def _extrapolate(one: Passes, two: Passes, rows: int) -> Passes:
                 line(first.backward_peak_and_gradients, second.backward_peak_and_gradients),
                 line(first.backward_peak, second.backward_peak),
             ),
+            gradients=line(first.gradients, second.gradients),
             sent={kind: line(first.sent[kind], second.sent[kind]) for kind in first.sent},
             calls={kind: line(first.calls[kind], second.calls[kind]) for kind in first.calls},
         )
@@ -228,4 +234,5 @@ def _extrapolate(one: Passes, two: Passes, rows: int) -> Passes:
         layer=passes(one.layer, two.layer),
         head=passes(one.head, two.head),
         hidden=line(one.hidden, two.hidden),
+        casts=one.casts,
     )

@@ -11,12 +11,12 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -27,6 +27,8 @@ from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.recompute import set_recompute
 from bc2exp.parallel.tensor import cut_layers
 
+FP32 = 4
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -36,6 +38,7 @@ class Pass:
         kept: alive after forward, its output included, its input not.
         forward_peak, backward_peak: most alive at one time, `kept` included, input and state not.
         backward_peak_and_gradients: the same with the gradients of the module's weights, as they come.
+        gradients: those.
         calls: {collective: times} of both passes.
         sent: {collective: bytes}: what a rank gives into them.
     """
@@ -44,6 +47,7 @@ class Pass:
     forward_peak: int
     backward_peak: int
     backward_peak_and_gradients: int
+    gradients: int
     calls: dict[str, int]
     sent: dict[str, int]
 
@@ -55,12 +59,14 @@ class Passes:
     Attributes:
         embedding, layer: what they say; `head` is final norm, head and loss.
         hidden: bytes of the hidden states between layers, which stages hand on, too.
+        casts: bytes of the memory in which the matrices are cast.
     """
 
     embedding: Pass
     layer: Pass
     head: Pass
     hidden: int
+    casts: int
 
 
 class Meter(TorchDispatchMode):
@@ -76,26 +82,24 @@ class Meter(TorchDispatchMode):
 
     def leave_out(self, *tensors: Tensor) -> None:
         """Do not count these: they are state, or somebody else's."""
-        for tensor in tensors:
-            self._forget(tensor.untyped_storage()._cdata)
-            self._see(tensor, counted=False)
+        for storage in _storages(*tensors):
+            self._forget(storage._cdata)
+            self._see(storage, counted=False)
 
     def is_gradient(self, tensor: Tensor) -> None:
         """From now on it is state: leave it out, but of the peak with gradients."""
-        self.gradients += tensor.untyped_storage().nbytes()
+        self.gradients += sum(storage.nbytes() for storage in _storages(tensor))
         self.leave_out(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
             self._count_collective(func, args)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._see(leaf, counted=True)
+        for storage in _storages(*(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))):
+            self._see(storage, counted=True)
         return result
 
-    def _see(self, tensor: Tensor, *, counted: bool) -> None:
-        storage = tensor.untyped_storage()
+    def _see(self, storage: torch.UntypedStorage, *, counted: bool) -> None:
         key = storage._cdata
         if key in self._alive:
             return
@@ -127,12 +131,14 @@ def trace(
     length: int,
     dtype: torch.dtype,
     wide: bool,
+    narrow_gradients: bool,
     sequence_parallel: bool,
     recompute: str,
 ) -> Passes:
     """Run the parts of a model of `shape` (`Baichuan2.shape`) on a micro batch of rows x length tokens.
 
     `dtype` is what it computes in; the weights are in it, too, or `wide`: fp32, and cast where they are used.
+    `narrow_gradients`: see `Baichuan2.hold_gradients`.
     The process group of `mesh` has no peers (`alone`). Every position has a label.
     """
     if mesh.tensor > 1:
@@ -141,6 +147,7 @@ def trace(
     with FakeTensorMode(), _default_dtype(torch.float32 if wide else dtype):
         model = Baichuan2(**{**shape, "num_layers": 1}, ops=ops)
         model.compute_in(dtype)
+        model.hold_gradients(narrow=narrow_gradients)
         if mesh.tensor > 1:
             cut_layers(model, mesh, sequence_parallel=sequence_parallel)
         set_recompute(model, recompute)
@@ -156,22 +163,30 @@ def trace(
             return head(norm(given), ids)
 
         head.every_row = True
+        with torch.no_grad():
+            model.layers["0"](hidden, context)  # what all layers share is there when one is measured
+        embedding = _measure(model, model.embed_tokens, ids, ids)
+        if model.embed_tokens.sparse:
+            # A sparse tensor without values does not know how many rows it has.
+            embedding = replace(embedding, gradients=ids.numel() * shape["hidden_size"] * FP32)
         return Passes(
-            embedding=_measure(model, model.embed_tokens, ids, ids),
+            embedding=embedding,
             layer=_measure(
                 model, lambda given: model.layers["0"](given, context), hidden, *_tensors(context)
             ),
             head=_measure(model, run_head, hidden, ids),
             hidden=hidden.numel() * hidden.element_size(),
+            casts=0 if model.casts.memory is None else model.casts.memory.untyped_storage().nbytes(),
         )
 
 
-def _measure(model: nn.Module, run: Any, given: Tensor, *others: Tensor) -> Pass:
+def _measure(model: Baichuan2, run: Any, given: Tensor, *others: Tensor) -> Pass:
     meter = Meter()
     given = given.detach().clone()
     if given.is_floating_point():
         given.requires_grad_()
-    meter.leave_out(given, *others, *model.parameters())
+    shared = [] if model.casts.memory is None else [model.casts.memory]
+    meter.leave_out(given, *others, *shared, *model.parameters())
 
     def is_state_now(parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -187,7 +202,20 @@ def _measure(model: nn.Module, run: Any, given: Tensor, *others: Tensor) -> Pass
         hook.remove()
     for parameter in model.parameters():
         parameter.grad = None
-    return Pass(kept, forward_peak, meter.peak, meter.peak_and_gradients, dict(meter.calls), dict(meter.sent))
+    return Pass(
+        kept,
+        forward_peak,
+        meter.peak,
+        meter.peak_and_gradients,
+        meter.gradients,
+        dict(meter.calls),
+        dict(meter.sent),
+    )
+
+
+def _storages(*tensors: Tensor) -> list[torch.UntypedStorage]:
+    parts = [(t._indices(), t._values()) if t.is_sparse else (t,) for t in tensors]
+    return [tensor.untyped_storage() for part in parts for tensor in part]
 
 
 def _tensors(context: Any) -> list[Tensor]:

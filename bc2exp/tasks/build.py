@@ -29,7 +29,7 @@ from bc2exp.parallel.world import World
 from bc2exp.text.tokenizer import Tokenizer
 from bc2exp.tracking.journal import Journal, NullJournal
 from bc2exp.train.checkpoint import Checkpoints, Progress
-from bc2exp.train.optimizer import build_optimizer, lr_schedule
+from bc2exp.train.optimizer import AdamW, build_optimizer, lr_schedule
 from bc2exp.train.throughput import Throughput, flops_per_token
 from bc2exp.train.trainer import Trainer
 from bc2exp.weights.hf import load_into, save_hf
@@ -183,7 +183,7 @@ def make_throughput(
     )
 
 
-def make_optimizer(model: nn.Module, config: OptimizerConfig, hardware: HardwareConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerConfig, hardware: HardwareConfig) -> AdamW:
     """AdamW over the model's parameters, which are laid over the ranks already."""
     return build_optimizer(
         model,

@@ -133,14 +133,11 @@ def fill(
     """
     files = {kind: _files(manifest, kind) for kind in KINDS}
     files["model"] = _files_of_model(layout, path, manifest)
-    count = torch.tensor(float(step), dtype=torch.float32)
     for name in layout.own_names():
         parameter = layout.model.get_parameter(name)
         state = optimizer.state[parameter]
-        state["step"] = count.clone().to(parameter.device)
+        state["step"].fill_(step)
         for kind in KINDS:
-            if kind != "model":
-                state[kind] = torch.zeros_like(parameter)
             target = local(parameter.detach() if kind == "model" else state[kind])
             # read, copied and dropped in one line: no two whole tensors at a time
             target.copy_(layout.parts.mine(name, load_file(path, files[kind][name], manifest, [name])[name]))

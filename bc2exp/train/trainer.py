@@ -13,12 +13,11 @@ import torch
 from bc2exp.data.batches import MicroBatch
 from bc2exp.hardware.phase import BETWEEN, EVALUATE, SAVE, TRAIN, phase
 from bc2exp.parallel.layout import Layout
-from bc2exp.parallel.shard import scale_gradients
 from bc2exp.parallel.world import World
 from bc2exp.tracking.journal import Journal, NullJournal
 from bc2exp.train import TrainingError
 from bc2exp.train.checkpoint import Best, Checkpoints, Progress, Saved
-from bc2exp.train.optimizer import set_lr
+from bc2exp.train.optimizer import AdamW, set_lr
 from bc2exp.train.throughput import Throughput
 
 
@@ -57,7 +56,7 @@ class Trainer:
     """
 
     layout: Layout
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamW
     journal: Journal | NullJournal
     checkpoints: Checkpoints
     throughput: Throughput
@@ -152,9 +151,8 @@ class Trainer:
         total, norm = sums[0].item() / max(1, counts.labels), math.sqrt(sums[1].item())
         if not (math.isfinite(total) and math.isfinite(norm)):
             self._refuse(step, batch, losses, total, norm)
-        if self.clip_norm is not None and norm > self.clip_norm:
-            scale_gradients(self.layout.model, self.clip_norm / norm)
-        self.optimizer.step()
+        longest = norm if self.clip_norm is None else min(norm, self.clip_norm)
+        self.optimizer.step(factor=longest / norm if longest < norm else 1.0)
         self.optimizer.zero_grad()
         return total, norm
 

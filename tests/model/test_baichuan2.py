@@ -16,6 +16,7 @@ from bc2exp.hardware import eager, get_backend
 from bc2exp.model import Baichuan2, KeyValueCache, NormHead, init_weights, parameter_count
 from bc2exp.model.baichuan2 import Attention, Context
 from bc2exp.model.positions import alibi_slopes, rope_tables
+from bc2exp.model.room import Room
 from tests.model.small import VOCAB, next_tokens, random_ids, small_model
 
 BOTH = pytest.mark.parametrize("position", ["rope", "alibi"])
@@ -222,12 +223,12 @@ def test_z_loss_reaches_the_loss_and_leaves_padding_out():
 def test_a_rank_with_some_heads_uses_their_slopes():
     torch.manual_seed(0)
     ops = get_backend("cpu").ops
-    whole = Attention(48, 8, 0, ops)
+    whole = Attention(48, 8, 0, ops, Room())
     x = torch.randn(1, 20, 48)
     context = Context(None, None, alibi_slopes(6), None)
     total = torch.zeros(1, 20, 48)
     for first_head in (0, 2, 4):
-        part = Attention(48, 8, 0, ops)
+        part = Attention(48, 8, 0, ops, Room())
         part.first_head = first_head
         rows = slice(8 * first_head, 8 * first_head + 16)
         for name in ("q_proj", "k_proj", "v_proj"):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bc2exp.hardware import eager
 from bc2exp.model import loss as loss_module
 from bc2exp.model.loss import norm_head_loss_sum
+from bc2exp.model.room import Room
 
 VOCAB, HIDDEN, TOKENS = 211, 24, 37
 OPS = replace(eager.OPS, head_block_words=50)  # the last block is narrower
@@ -121,6 +122,35 @@ def test_bf16_is_the_fp32_value_within_rounding():
     for mine, their in zip(gradients(ours, hidden, weight), gradients(expected, *wide), strict=True):
         assert mine.dtype == torch.bfloat16
         assert (mine.float() - their).norm() <= 2**-7 * their.norm()
+
+
+@pytest.mark.parametrize("labelled", [HIDDEN - 3, HIDDEN, LABELLED], ids=["fewer", "as many", "more"])
+def test_a_narrow_gradient_is_the_wide_one_rounded(labelled):
+    """It lies over the logits, or beside where there are more positions than columns."""
+    hidden, weight, labels, _ = problem(torch.bfloat16)
+    labels[(labels != -100).nonzero()[labelled:, 0]] = -100
+    assert (labels != -100).sum() == labelled
+    found, room = [], Room()
+    for narrow_gradient in (None, room):
+        leaves = hidden.detach().requires_grad_(), weight.detach().float().requires_grad_()
+        leaves[1].grad_dtype = None
+        loss = loss_sum(leaves[0], leaves[1], labels, narrow_gradient=narrow_gradient)
+        (0.3 * loss).sum().backward()
+        found.append((loss.detach(), *(leaf.grad for leaf in leaves)))
+    (loss, of_hidden, wide), (same_loss, same, narrow) = found
+    assert torch.equal(loss, same_loss)
+    assert torch.equal(of_hidden, same)
+    assert (wide.dtype, narrow.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(narrow, wide.bfloat16())
+    assert narrow.data_ptr() == room.memory.data_ptr()
+
+
+def test_gradients_that_are_added_up_stay_wide():
+    hidden, weight, labels, _ = problem(torch.bfloat16)
+    wide = weight.detach().float().requires_grad_()
+    wide.grad_dtype = None
+    loss_sum(hidden, wide, labels, chunk_tokens=8, narrow_gradient=Room()).backward()
+    assert wide.grad.dtype == torch.float32
 
 
 def test_what_is_left_of_a_word_that_is_all_but_certain_is_no_rounding_error():

@@ -26,6 +26,16 @@ VOCABULARY, LENGTH, GLOBAL_BATCH = 64, 16, 8
 ONE_RANK = World(rank=0, size=1, local_rank=0, local_size=1, backend=get_backend("cpu"))
 
 
+class Descent(torch.optim.SGD):
+    """Plain gradient descent that is asked as the trainer asks its optimizer."""
+
+    def step(self, closure=None, *, factor=1.0):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(factor)
+        super().step()
+
+
 class Memory(NullJournal):
     """A journal that is kept in memory: `steps` is {metric: {step: value}}, `events` a list of dicts."""
 
@@ -94,7 +104,7 @@ def make_trainer(
     held_out = make_stream(5, seed=1)
     parts: dict[str, Any] = {
         "layout": layout,
-        "optimizer": torch.optim.SGD(layout.model.parameters(), lr=lr),
+        "optimizer": Descent(layout.model.parameters(), lr=lr),
         "journal": Memory(),
         # Plain gradient descent keeps no moments, so there is nothing that a checkpoint could hold.
         "checkpoints": NoCheckpoints(folder),

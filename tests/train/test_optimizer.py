@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from bc2exp.train import optimizer as optimizer_module
 from bc2exp.train.optimizer import build_optimizer, lr_schedule, set_lr
 from tests.small_run import small_config
 from tests.train.parts import make_model
@@ -109,3 +110,49 @@ def test_every_weight_decays_but_those_of_the_norms():
     assert shrunk == set(before) - norms
     assert all(torch.equal(dict(model.named_parameters())[name], before[name]) for name in norms)
     assert math.prod(group["fused"] for group in optimizer.param_groups)
+
+
+def narrow_problem() -> tuple[nn.ParameterDict, list[dict[str, torch.Tensor]]]:
+    """Weights, and for some steps their gradients: bf16, sparse (a row twice, none), fp32."""
+    torch.manual_seed(0)
+    model = nn.ParameterDict(
+        {"narrow": torch.randn(23, 7), "rows": torch.randn(31, 5), "vector": torch.randn(7)}
+    )
+    model["narrow"].grad_dtype = model["rows"].grad_dtype = None
+    gradients = []
+    for used in ([4, 30, 4, 0], [], [12]):
+        rows = torch.sparse_coo_tensor(
+            torch.tensor([used], dtype=torch.int64), torch.randn(len(used), 5), (31, 5)
+        )
+        gradients.append({"narrow": torch.randn(23, 7).bfloat16(), "rows": rows, "vector": torch.randn(7)})
+    return model, gradients
+
+
+@pytest.mark.parametrize("block", [1, 10, 1000])
+@pytest.mark.parametrize("fused", [True, False])
+def test_narrow_gradients_take_the_step_of_wide_ones(block, fused, monkeypatch):
+    monkeypatch.setattr(optimizer_module, "BLOCK", block)
+    settings = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1, "fused": fused}
+    (narrow, gradients), (wide, _) = narrow_problem(), narrow_problem()
+    ours, plain = build_optimizer(narrow, **settings), build_optimizer(wide, **settings)
+    for each in gradients:
+        for name, gradient in each.items():
+            narrow[name].grad = gradient.clone()
+            wide[name].grad_dtype = torch.float32
+            wide[name].grad = (gradient.to_dense() if gradient.is_sparse else gradient).float() * 0.25
+        ours.step(factor=0.25)
+        torch.optim.AdamW.step(plain)
+    for name, parameter in narrow.items():
+        torch.testing.assert_close(parameter, wide[name], rtol=1e-6, atol=1e-7)
+        for kind, value in plain.state[wide[name]].items():
+            torch.testing.assert_close(ours.state[parameter][kind], value, rtol=1e-6, atol=1e-9)
+
+
+def test_a_factor_scales_wide_gradients():
+    settings = {"lr": 0.01, "beta1": 0.9, "beta2": 0.95, "eps": 1.0, "weight_decay": 0.0}
+    models = [nn.ParameterDict({"matrix": torch.ones(3, 2)}) for _ in range(2)]
+    for model, gradient, factor in zip(models, (1.0, 4.0), (1.0, 0.25), strict=True):
+        model["matrix"].grad = torch.full((3, 2), gradient)
+        build_optimizer(model, **settings).step(factor=factor)
+    assert torch.equal(models[0]["matrix"], models[1]["matrix"])
+    assert not torch.equal(models[0]["matrix"], torch.ones(3, 2))

@@ -191,7 +191,7 @@ def test_each_step_has_the_learning_rate_of_the_schedule(tmp_path):
     trainer = make_trainer(tmp_path, lr_at=lambda step: 0.0 if step == 3 else 0.1 / step)
     positions = [weights_of(trainer.layout)]
     step = trainer.optimizer.step
-    trainer.optimizer.step = lambda: (step(), positions.append(weights_of(trainer.layout)))
+    trainer.optimizer.step = lambda factor: (step(), positions.append(weights_of(trainer.layout)))
     trainer.run(0)
     assert trainer.journal.series("train/lr") == [0.1, 0.05, 0.0, 0.025]
     moved = [not torch.equal(a, b) for a, b in pairwise(positions)]
