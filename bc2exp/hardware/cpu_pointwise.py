@@ -2,6 +2,7 @@
 
 On a CPU each pass over a tensor costs as much as any other, and memory that is new to the process more than
 all of them. So nothing is kept for the backward pass but what came in, and passes are few and in place.
+Memory for what stays is taken before that for what goes: behind it, it would leave a hole.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _normalised(x, eps)[0].to(x.dtype).mul_(weight)
+        out = torch.empty_like(x)
+        return out.copy_(_normalised(x, eps)[0]).mul_(weight)
 
     @staticmethod
     @once_differentiable
@@ -71,10 +73,11 @@ class _Rotary(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, of_second: Tensor, of_first: Tensor, sign: int) -> Tensor:
     """x * cos + sign * concat(-x2 * of_second, x1 * of_first), in fp32 and then in x's type."""
+    out = torch.empty_like(x)
     wide = x.float()
     turned = wide * cos
     first, second = wide.chunk(2, dim=-1)
     turned_first, turned_second = turned.chunk(2, dim=-1)
     turned_first.addcmul_(second, of_second, value=-sign)
     turned_second.addcmul_(first, of_first, value=sign)
-    return turned.to(x.dtype)
+    return out.copy_(turned)

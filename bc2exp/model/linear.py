@@ -35,8 +35,8 @@ class Linear(nn.Linear):
         return out
 
     def of_gated(self, activation: Activation, gate: Tensor, up: Tensor) -> Tensor:
-        """The matrix times activation(gate, up). For the backward pass that is computed again where the
-        weight is cast again, too: it takes little time and would be a quarter of what a layer keeps."""
+        """The matrix times activation(gate, up). Where the matrix is cast again for the backward pass, that
+        is computed again, too: little time, and more than a quarter of what a layer would keep."""
         if self.weight.dtype == gate.dtype:
             return F.linear(activation(gate, up), self.weight)
         out: Tensor = _CastGatedLinear.apply(activation, gate, up, self.weight, self.casts)
@@ -57,7 +57,9 @@ class _CastLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
-        return *_gradients(grad_out, x, weight, ctx.casts, ctx.needs_input_grad), None
+        want_x, want_weight, _ = ctx.needs_input_grad
+        grad_weight = grad_out.flatten(0, -2).T @ x.flatten(0, -2) if want_weight else None
+        return grad_out @ _cast(weight, x.dtype, ctx.casts) if want_x else None, grad_weight, None
 
 
 class _CastGatedLinear(torch.autograd.Function):
@@ -69,34 +71,30 @@ class _CastGatedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.activation, ctx.casts = activation, casts
-        return F.linear(activation(gate, up), _cast(weight, gate.dtype, casts))
+        out = gate.new_empty(*gate.shape[:-1], len(weight))
+        product = activation(gate, up)
+        torch.mm(product.flatten(0, -2), _cast(weight, gate.dtype, casts).T, out=out.flatten(0, -2))
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         *given, weight = ctx.saved_tensors
         _, *wanted, want_weight, _ = ctx.needs_input_grad
+        grad_weight = grad_out.new_empty(weight.shape) if want_weight else None
         given = [tensor.detach().requires_grad_(want) for tensor, want in zip(given, wanted, strict=True)]
         with torch.enable_grad():
             x = ctx.activation(*given)
-        grad_x, grad_weight = _gradients(grad_out, x.detach(), weight, ctx.casts, (any(wanted), want_weight))
-        if grad_x is not None:
-            x.backward(grad_x)
+        if grad_weight is not None:
+            torch.mm(grad_out.flatten(0, -2).T, x.detach().flatten(0, -2), out=grad_weight)
+        if any(wanted):
+            x.backward(grad_out @ _cast(weight, x.dtype, ctx.casts))
         return None, *(tensor.grad for tensor in given), grad_weight, None
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, casts: Room) -> Tensor:
     """Good until the next one is cast."""
     return casts.take(weight.shape, dtype, weight.device).copy_(weight)
-
-
-def _gradients(
-    grad_out: Tensor, x: Tensor, weight: Tensor, casts: Room, wanted: tuple[bool, ...]
-) -> tuple[Tensor | None, Tensor | None]:
-    """Of x and weight, where wanted, in x's type."""
-    grad_x = grad_out @ _cast(weight, x.dtype, casts) if wanted[0] else None
-    grad_weight = grad_out.flatten(0, -2).T @ x.flatten(0, -2) if wanted[1] else None
-    return grad_x, grad_weight
 
 
 class Embedding(nn.Embedding):

@@ -86,7 +86,7 @@ def test_of_a_gated_matrix_only_what_the_activation_was_given_is_kept():
 def test_matrices_that_are_cast_in_one_place_do_not_meet():
     """Forward in one order, backward in the other, of different sizes."""
     torch.manual_seed(0)
-    casts, sizes = Room(), (24, 40, 16, 40)
+    casts, sizes = Room(), (24, 16, 40, 40)
     shared = [Linear(*pair, casts) for pair in pairwise(sizes)]
     own = [Linear(*pair, Room()) for pair in pairwise(sizes)]
     for mine, their in zip(shared, own, strict=True):

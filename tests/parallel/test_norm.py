@@ -29,7 +29,7 @@ def test_the_norm_of_narrow_and_of_sparse_gradients_is_that_of_wide_ones() -> No
     generator = torch.Generator().manual_seed(0)
     model = nn.ModuleDict({"embed_tokens": nn.Embedding(50, 8), "lm_head": nn.Linear(8, 5000, bias=False)})
     rows, head = torch.randn(4, 8, generator=generator), torch.randn(5000, 8, generator=generator).bfloat16()
-    sparse = torch.sparse_coo_tensor(torch.tensor([[3, 9, 3, 0]]), rows, (50, 8))
+    sparse = torch.sparse_coo_tensor(torch.tensor([[3, 9, 3, 0]]), rows, (50, 8), check_invariants=True)
     for name, gradient in (("embed_tokens", sparse), ("lm_head", head)):
         model[name].weight.grad_dtype = None
         model[name].weight.grad = gradient

@@ -122,7 +122,7 @@ def narrow_problem() -> tuple[nn.ParameterDict, list[dict[str, torch.Tensor]]]:
     gradients = []
     for used in ([4, 30, 4, 0], [], [12]):
         rows = torch.sparse_coo_tensor(
-            torch.tensor([used], dtype=torch.int64), torch.randn(len(used), 5), (31, 5)
+            torch.tensor([used], dtype=torch.int64), torch.randn(len(used), 5), (31, 5), check_invariants=True
         )
         gradients.append({"narrow": torch.randn(23, 7).bfloat16(), "rows": rows, "vector": torch.randn(7)})
     return model, gradients
