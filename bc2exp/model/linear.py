@@ -28,6 +28,11 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self.casts = casts
 
+    def reset_parameters(self) -> None:
+        """torch's first values; none on the meta device, where torch imports its compiler to draw nothing."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == x.dtype:
             return F.linear(x, self.weight)
@@ -102,6 +107,11 @@ class Embedding(nn.Embedding):
     only the rows of words that were used, each as often as its word."""
 
     compute_dtype: torch.dtype | None = None
+
+    def reset_parameters(self) -> None:
+        """See `Linear`."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         if self.sparse and torch.is_grad_enabled():

@@ -116,7 +116,7 @@ class Layout:
 
     def take_storage(self) -> None:
         """Give this rank's parts memory on its device; every one is then to be assigned."""
-        self.model.to_empty(device=self.mesh.world.device)
+        shard.take_storage(self.model, self.mesh.world.device)
 
     def own_names(self) -> list[str]:
         """The weights of which this rank has a part."""

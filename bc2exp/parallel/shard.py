@@ -4,24 +4,30 @@ Ranks of the mesh's `shard` axis share them, those of `replicate` each have them
 shard 1). bf16 goes through FSDP2 in every layout of several ranks, as its mixed precision is what keeps
 parameters, moments and the reduction of gradients in fp32 while the model computes in bf16. In fp32 one data
 rank needs nothing. A rank alone casts each weight where it is used: FSDP2 would gather from nobody and reduce
-with nobody, which on a CPU copied every parameter and gradient several times a step.
+with nobody, which on a CPU copied every parameter and gradient several times a step. It does not even import
+FSDP2, which takes half as long as torch.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from bc2exp.model.baichuan2 import Baichuan2
 from bc2exp.model.loss import ROW_BLOCK
 from bc2exp.model.plan import tensor_cut
 from bc2exp.parallel.mesh import Mesh
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def needs_sharding(mesh: Mesh, precision: str) -> bool:
@@ -40,6 +46,8 @@ def shard_layers(model: Baichuan2, mesh: Mesh, *, precision: str, zero_stage: in
         if casts_weights(mesh, precision):
             model.compute_in(torch.bfloat16)
         return
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     axes = ("replicate", "shard") if mesh.replicate > 1 else "shard"
     compute = torch.bfloat16 if precision == "bf16" else None
     settings: dict[str, Any] = {
@@ -58,6 +66,18 @@ def shard_layers(model: Baichuan2, mesh: Mesh, *, precision: str, zero_stage: in
     fully_shard(model, reshard_after_forward=False, **settings)
 
 
+def take_storage(model: nn.Module, device: torch.device) -> None:
+    """Give the parameters that a rank has memory on its device, in place; their values are then to be set."""
+    if any(_is_sharded_tensor(parameter) for parameter in model.parameters()):
+        model.to_empty(device=device)
+        return
+    # `to_empty` asks the meta device what is alike, which imports sympy
+    for module in model.modules():
+        for name, old in list(module.named_parameters(recurse=False)):
+            values = torch.empty(old.shape, dtype=old.dtype, device=device)
+            setattr(module, name, nn.Parameter(values, old.requires_grad))
+
+
 def before_backward(model: nn.Module, *, last: bool, keep: bool, defer: bool) -> None:
     """Say what the next backward pass does with the gradients, and with what it gathered.
 
@@ -66,7 +86,7 @@ def before_backward(model: nn.Module, *, last: bool, keep: bool, defer: bool) ->
         keep: parameters stay gathered until then.
         defer: ranks that share gradients reduce them only then, too.
     """
-    if isinstance(model, FSDPModule):
+    if _is_sharded_module(model):
         model.set_requires_gradient_sync(last or not defer)  # sets the next, too
         model.set_requires_all_reduce(last)
         model.set_reshard_after_backward(last or not keep)
@@ -76,13 +96,13 @@ def release_gathered(model: nn.Module) -> None:
     """After a forward pass that no backward pass follows: what it gathered is freed, and the parameters are
     again those that the optimizer knows."""
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if _is_sharded_module(module):
             module.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that may be sharded; writing to it writes the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if _is_sharded_tensor(tensor) else tensor
 
 
 def gradients(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -123,3 +143,17 @@ def _wide_rows(gradient: Tensor) -> Iterator[Tensor]:
         yield gradient
     else:
         yield from (rows.float() for rows in gradient.split(ROW_BLOCK))
+
+
+def _is_sharded_module(module: nn.Module) -> TypeGuard[FSDPModule]:
+    return _is(module, "torch.distributed.fsdp", "FSDPModule")
+
+
+def _is_sharded_tensor(tensor: Tensor) -> TypeGuard[DTensor]:
+    return _is(tensor, "torch.distributed.tensor", "DTensor")
+
+
+def _is(value: object, module: str, name: str) -> bool:
+    """Whether `value` is of a class whose module may not be imported yet: then there is no such value."""
+    imported = sys.modules.get(module)
+    return imported is not None and isinstance(value, getattr(imported, name))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -21,7 +22,14 @@ class AdamW(torch.optim.AdamW):
 
     Such gradients (see `Baichuan2.hold_gradients`) are widened a block at a time, so that there is never a
     wide copy of all; what is computed of them is what torch's operator computes of wide ones.
+
+    Without the wrappers that keep torch's compiler out of the optimizer: they import it to do so, which takes
+    nearly as long as the rest of torch, and nothing here is compiled.
     """
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    _torch_step = unwrap(torch.optim.AdamW.step)
 
     def take_storage(self) -> None:
         """Make the moments now, zero, and not in the first step: what that one leaves free between them would
@@ -43,7 +51,7 @@ class AdamW(torch.optim.AdamW):
         if all(p.grad.dtype == p.dtype and not p.grad.is_sparse for p in given):
             if factor != 1.0:
                 torch._foreach_mul_([local(p.grad) for p in given], factor)
-            super().step()
+            self._torch_step()
             return
         room = torch.empty(max(BLOCK, *(p[0].numel() for p in given)), device=given[0].device)
         for group in self.param_groups:
