@@ -25,13 +25,13 @@ from bc2exp.config.hardware import rehearsal_of
 from bc2exp.config.layouts import layout
 from bc2exp.config.load import flat
 from bc2exp.config.nodes import nodes_add_up
-from bc2exp.config.register import TASKS
 from bc2exp.config.root import GROUPS
 from bc2exp.config.roots import absolute, nearest
 from bc2exp.config.secrets import ADDRESS, bare, secret_in
 from bc2exp.config.supervised import questions_and_answers
 from bc2exp.config.sweep import sweep_to_resume
 from bc2exp.config.task import TaskConfig
+from bc2exp.config.tasks import TASKS
 from bc2exp.config.text_files import find_store, find_text_files, needs_column
 from bc2exp.config.weight_files import (
     MEGATRON,

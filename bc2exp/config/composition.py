@@ -20,9 +20,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from bc2exp.config.errors import UserError
 from bc2exp.config.hydra_settings import PLUGIN_GROUPS
 from bc2exp.config.overrides import MAX_JOBS, Word, expectation, leaf
-from bc2exp.config.register import TASKS
 from bc2exp.config.root import GROUPS
 from bc2exp.config.roots import data_root
+from bc2exp.config.tasks import TASKS
 
 OWN_GROUPS = (*GROUPS, "experiments")
 

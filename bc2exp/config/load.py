@@ -10,10 +10,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bc2exp.config.fields import field_of
-from bc2exp.config.register import TASKS
 from bc2exp.config.root import Config
 from bc2exp.config.roots import absolute
 from bc2exp.config.secrets import withdraw
+from bc2exp.config.tasks import TASKS
 
 
 def finalize(config: DictConfig, folder: Path) -> dict[str, Any]:

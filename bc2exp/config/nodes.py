@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from bc2exp.config.hydra_settings import RUN_FOLDER
 from bc2exp.config.overrides import parse_word
-from bc2exp.config.register import TASKS
 from bc2exp.config.slurm import NUM_NODES, first_variable, read_slurm
+from bc2exp.config.tasks import TASKS
 
 _LAST_PORT = 65535
 

@@ -4,30 +4,12 @@ from __future__ import annotations
 
 from hydra.core.config_store import ConfigStore
 
-from bc2exp.config.compare import CompareConfig
-from bc2exp.config.convert import ConvertConfig
 from bc2exp.config.dataset import DatasetConfig
-from bc2exp.config.evaluate import EvaluateConfig
-from bc2exp.config.finetune import FinetuneConfig
-from bc2exp.config.generate import GenerateConfig
 from bc2exp.config.hardware import HardwareConfig
 from bc2exp.config.model import ModelConfig
 from bc2exp.config.parallelism import ParallelismConfig
 from bc2exp.config.root import Config
-from bc2exp.config.task import DoctorConfig, PlanConfig, PrepareConfig, PretrainConfig, SyncConfig, TaskConfig
-
-TASKS: dict[str, type[TaskConfig]] = {
-    "compare": CompareConfig,
-    "convert": ConvertConfig,
-    "doctor": DoctorConfig,
-    "evaluate": EvaluateConfig,
-    "generate": GenerateConfig,
-    "finetune": FinetuneConfig,
-    "plan": PlanConfig,
-    "prepare": PrepareConfig,
-    "pretrain": PretrainConfig,
-    "sync": SyncConfig,
-}
+from bc2exp.config.tasks import TASKS
 
 
 def register() -> None:

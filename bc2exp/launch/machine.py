@@ -9,7 +9,7 @@ from bc2exp.config.errors import UserError
 from bc2exp.config.hardware import REHEARSED
 from bc2exp.config.nodes import Nodes, find_nodes
 from bc2exp.config.parallelism import AXES, degrees
-from bc2exp.config.register import TASKS
+from bc2exp.config.tasks import TASKS
 from bc2exp.hardware import HOST, count_devices, environment_problems, rehearsal
 from bc2exp.hardware.probe import recorded_environment
 from bc2exp.launch.line import is_free

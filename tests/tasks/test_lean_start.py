@@ -11,7 +11,7 @@ import pytest
 
 from tests.small_run import small_config
 
-DEAR = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "sympy")
+DEAR = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor", "sympy", "hydra")
 """Together as dear to import as torch. Several ranks need FSDP2; a rank alone needs none of them."""
 TRAINING = f"""
 import sys
