@@ -6,6 +6,7 @@ A rank knows nothing of Hydra or MLflow. It reads `resolved.yaml`, does the task
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -13,7 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +68,19 @@ def run_rank(folder: Path, rank: int) -> None:
     if rehearsed:  # the modules below import torch
         rehearsal.activate(local_size, memory_bytes)
 
-    from bc2exp.parallel.world import World
-    from bc2exp.tasks import get_task
+    with without_collections():
+        from bc2exp.parallel.world import World
+        from bc2exp.tasks import get_task
+
+        backend = get_backend(config.hardware.backend.value if config.task.on_devices else HOST)
+        task = get_task(config.task.name)
 
     world = World(
         rank=rank,
         size=int(os.environ.get("WORLD_SIZE", "1")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         local_size=local_size,
-        backend=get_backend(config.hardware.backend.value if config.task.on_devices else HOST),
+        backend=backend,
     )
     path = folder / "metrics.jsonl"
     journal = Journal(path, last_segment(path) + 1) if rank == 0 else NullJournal()
@@ -85,9 +91,24 @@ def run_rank(folder: Path, rank: int) -> None:
     if config.task.on_devices:
         world.join()
     with phase.phase(f"task={config.task.name}"):
-        outcome = get_task(config.task.name)(config, folder, world, journal)
+        outcome = task(config, folder, world, journal)
     world.leave()
     journal.event(outcome)
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Import in the block without looking for garbage.
+
+    There is none, and to look at all that is there again and again, as it becomes more, is up to a tenth of
+    the import of torch. What has been imported is not looked at later either.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def mark() -> dict[str, Any]:

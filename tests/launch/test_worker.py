@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 
 from bc2exp.config.errors import UserError
 from bc2exp.train import TrainingError
-from bc2exp.worker import describe, report
+from bc2exp.worker import describe, report, without_collections
 
 
 def test_the_kinds_of_errors():
@@ -54,3 +55,13 @@ def test_a_rank_ends_with_the_process_at_the_other_end_of_its_standard_input(unh
         theirs.close()
         mine.close()
         assert rank.wait(60) == -9
+
+
+def test_garbage_is_collected_again_after_the_imports():
+    with without_collections():
+        assert not gc.isenabled()
+    try:
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
