@@ -116,8 +116,8 @@ def git_state(root: Path | None) -> dict[str, str | None]:
 
 def environment() -> dict[str, Any]:
     """Interpreter, machine and installed packages."""
-    named = ((dist.metadata["Name"], dist.version) for dist in metadata.distributions())
-    packages = {name: version for name, version in named if name}
+    read = [distribution.metadata for distribution in metadata.distributions()]  # a file each, at every call
+    packages = {each["Name"]: each["Version"] for each in read if each["Name"]}
     return {
         "python": sys.version,
         "platform": platform.platform(),
