@@ -90,10 +90,13 @@ class _CastGatedLinear(torch.autograd.Function):
         given = [tensor.detach().requires_grad_(want) for tensor, want in zip(given, wanted, strict=True)]
         with torch.enable_grad():
             x = ctx.activation(*given)
+            start = x.sum()  # of the way back: from `x` itself, given a gradient, it imports sympy
         if grad_weight is not None:
             torch.mm(grad_out.flatten(0, -2).T, x.detach().flatten(0, -2), out=grad_weight)
         if any(wanted):
-            x.backward(grad_out @ _cast(weight, x.dtype, ctx.casts))
+            grad_x = grad_out @ _cast(weight, x.dtype, ctx.casts)
+            x.register_hook(lambda _: grad_x)
+            start.backward()
         return None, *(tensor.grad for tensor in given), grad_weight, None
 
 
