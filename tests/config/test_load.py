@@ -18,8 +18,8 @@ from bc2exp.config.generate import GenerateConfig, Prompting
 from bc2exp.config.load import digest, finalize, read
 from bc2exp.config.model import ModelConfig, Position, Schedule
 from bc2exp.config.overrides import assign
-from bc2exp.config.register import TASKS
 from bc2exp.config.task import DoctorConfig, PlanConfig, PretrainConfig, SyncConfig
+from bc2exp.config.tasks import TASKS
 
 Composed = Callable[..., DictConfig]
 

@@ -22,7 +22,7 @@ from bc2exp.config.checks import leaves
 from bc2exp.config.fields import field_of
 from bc2exp.config.overrides import assign
 from bc2exp.config.preflight import preflight
-from bc2exp.config.register import TASKS
+from bc2exp.config.tasks import TASKS
 from tests.weights.folders import weights_for_the_door
 
 SITE = TemporaryDirectory()
