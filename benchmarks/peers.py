@@ -12,8 +12,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = Path(__file__).with_name(".peer")
-TRAINER = ("torch==2.13.0", "transformers>=5.20,<6", "accelerate>=1.15,<2", "deepspeed>=0.19,<0.20")
-"""Hugging Face's Trainer, and DeepSpeed through it."""
+PACKAGES = (
+    "torch==2.13.0",
+    "transformers>=5.20,<6",
+    "accelerate>=1.15,<2",
+    "deepspeed>=0.19,<0.20",
+    "sentencepiece>=0.2,<0.3",
+)
+"""Hugging Face's Trainer, DeepSpeed through it, and Hugging Face's tokenizer."""
 
 
 def interpreter(named: Path | None) -> Path:
@@ -24,10 +30,10 @@ def interpreter(named: Path | None) -> Path:
         return Path(given).absolute()
     python = FOLDER / "bin" / "python"
     if not python.exists():
-        print(f"making an environment for the peers: {', '.join(TRAINER)}", file=sys.stderr)
+        print(f"making an environment for the peers: {', '.join(PACKAGES)}", file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", str(FOLDER)], check=True)
         # torch first and exact: a range alone would fetch the newest build with its CUDA libraries
-        subprocess.run([str(python), "-m", "pip", "install", "-q", *TRAINER], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "-q", *PACKAGES], check=True)
     return python.absolute()
 
 

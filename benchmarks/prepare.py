@@ -1,25 +1,25 @@
 """From a file of text to a token store, beside raw SentencePiece and beside Megatron-LM's way.
 
     python benchmarks/prepare.py [--source FILE] [--column text] [--tokenizer FILE] [--workers CORES]
-                                 [--rounds 3] [--times 10]
+                                 [--rounds 3] [--times 10] [--peer PYTHON]
 
 Without names it is Alpaca's text and Baichuan2's tokenizer, in BC2EXP_SHARED_DATA or ../shared/data. All
-sides read the texts with the same reader and encode with the same model of SentencePiece. Nothing is added
-before or after a text, and that the sides have as many tokens is asserted.
+sides encode with the same model of SentencePiece. Nothing is added before or after a text, and that the sides
+have as many tokens is asserted.
 
     ours           `bc2exp.data.prepare`: fingerprints of the files, checks of each row, a checksum, and the
                    store is brought to the disk
     raw            `SentencePieceProcessor.encode(texts, num_threads=WORKERS)` of all texts at once
-    megatron way   what Megatron-LM's preprocess_data does, written anew: a pool whose workers encode document
-                   by document, imap by 25, and one process that adds each to a .bin and in the end writes the
-                   .idx. ModelLink calls a tokenizer of Hugging Face there, which is slower; here it is plain
-                   SentencePiece as on the other sides, so that only the way is compared
+    megatron way   `megatron_way.py`: what Megatron-LM's preprocess_data does with the texts as JSON lines, in
+                   a pool, document by document; with plain SentencePiece, so that only the way is compared
+    hugging face   the same with SentencePiece in the class that transformers has for it, in the environment
+                   of the peers (`--peer`, else BC2EXP_PEER, else one is made in benchmarks/.peer)
 
 Every measurement is a fresh process; the sides take turns. Seconds a million tokens, four ways:
 
     steady    from the first batch (Megatron's: document) that is written to the last; raw: the call of encode
     call      ours: all of prepare(); raw: reading the texts, loading the model and encode; Megatron's: from
-              opening the file until the store is written
+              starting the pool until the store is written
     process   the same with the start of Python and all imports, and its end
     cpu       the processor seconds of all threads and processes instead of the clock, divided by WORKERS:
               what remains to compare on a machine that is busy with other things
@@ -33,9 +33,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import struct
 import subprocess
 import sys
 import tempfile
@@ -48,26 +46,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import peers  # noqa: E402
 import real_data  # noqa: E402
 import record  # noqa: E402
+from megatron_way import CHUNK, cpu_seconds  # noqa: E402
 
 WAYS = ("steady", "call", "process", "cpu")
-TARGETS = {("raw", "call"): 0.9, ("raw", "cpu"): 0.9, ("megatron way", "call"): 3.0}
+TARGETS = {
+    ("raw", "call"): 0.9,
+    ("raw", "cpu"): 0.9,
+    ("megatron way", "call"): 3.0,
+    ("hugging face", "call"): 3.0,
+}
 """Wanted: our tokens a second over theirs."""
-CHUNK = 25
-"""Documents that Megatron's preprocess_data hands a worker at once."""
+MEGATRON = {"megatron way": "sentencepiece", "hugging face": "hugging face"}
+"""The tokenizer of `megatron_way.py` for each side that is it."""
 
 
 def peak_bytes(pid: str = "self") -> int:
     """High-water mark of a process (not ru_maxrss, which starts with that of the process before it)."""
     status = Path(f"/proc/{pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
-
-
-def cpu_seconds() -> float:
-    """Of this process and of those that it started and that have ended."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 def run_ours(args: argparse.Namespace) -> None:
@@ -134,71 +133,26 @@ def run_raw(args: argparse.Namespace) -> None:
     print(json.dumps(found))
 
 
-def load_tokenizer(file: Path) -> None:
-    """A worker's own tokenizer, a global of its process as in Megatron's."""
-    import sentencepiece
-
-    global tokenizer
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(file))
+SIDES = {"ours": run_ours, "raw": run_raw}
 
 
-def encode_document(text: str) -> list[int]:
-    """The ids of one document, in a worker."""
-    return list(tokenizer.encode(text))
-
-
-def write_index(file: Path, lengths: list[int]) -> None:
-    """The .idx of documents of one sequence each: lengths, byte offsets, and where documents begin."""
-    import numpy as np
-
-    sizes = np.array(lengths, dtype=np.int32)
-    offsets = np.concatenate(([0], np.cumsum(sizes[:-1], dtype=np.int64) * sizes.itemsize))
-    documents = np.arange(len(sizes) + 1, dtype=np.int64)
-    # magic, version, the code of int32, sequences, documents and one more
-    header = struct.pack("<9sQBQQ", b"MMIDIDX", 1, 4, len(sizes), len(documents))
-    file.write_bytes(header + sizes.tobytes() + offsets.tobytes() + documents.tobytes())
-
-
-def run_megatron_way(args: argparse.Namespace) -> None:
-    """Encode document by document in a pool, write a store, and print what it took."""
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as folder:
-        begin, cpu = time.perf_counter(), cpu_seconds()
-        lengths: list[int] = []
-        first = 0.0
-        with (
-            multiprocessing.Pool(args.workers, load_tokenizer, (args.tokenizer,)) as pool,
-            open(f"{folder}/text.bin", "wb") as store,
-        ):
-            for ids in pool.imap(encode_document, texts_of(args), CHUNK):
-                store.write(np.array(ids, dtype=np.int32).tobytes())
-                lengths.append(len(ids))
-                first = first or time.perf_counter()
-            last = time.perf_counter()
-            store.close()
-            write_index(Path(folder, "text.idx"), lengths)
-            seconds = time.perf_counter() - begin
-            pool.close()
-            pool.join()
-        cpu = cpu_seconds() - cpu
-    tokens = sum(lengths)
-    found = {
-        "tokens": tokens,
-        "steady": (last - first) / (tokens - lengths[0]) * 1e6,
-        "call": seconds / tokens * 1e6,
-        "cpu": cpu / tokens * 1e6 / args.workers,
-    }
-    print(json.dumps(found))
-
-
-SIDES = {"ours": run_ours, "raw": run_raw, "megatron way": run_megatron_way}
+def write_lines(args: argparse.Namespace, path: Path) -> None:
+    """The texts as Megatron's preprocess_data wants them."""
+    with path.open("w", encoding="utf-8") as lines:
+        for text in texts_of(args):
+            lines.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
 
 
 def run(side: str, measure: str, args: argparse.Namespace, source: Path) -> dict[str, Any]:
-    """One measurement in a process of its own."""
-    command = [sys.executable, __file__, "--side", side, "--measure", measure, "--source", str(source)]
-    command += ["--tokenizer", str(args.tokenizer), "--workers", str(args.workers), "--column", args.column]
+    """One measurement in a process of its own; of Megatron's ways `source` is a file of JSON lines."""
+    if side in MEGATRON:
+        python = args.peer if side == "hugging face" else sys.executable
+        command = [str(python), str(Path(__file__).with_name("megatron_way.py")), "--lines", str(source)]
+        command += ["--kind", MEGATRON[side]]
+    else:
+        command = [sys.executable, __file__, "--side", side, "--measure", measure]
+        command += ["--source", str(source), "--column", args.column]
+    command += ["--tokenizer", str(args.tokenizer), "--workers", str(args.workers)]
     begin = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     seconds = time.perf_counter() - begin
@@ -210,13 +164,18 @@ def measure_speed(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The sides in turn."""
     samples = []
     tokens = set()
-    for number in range(args.rounds):
-        for side in SIDES:
-            found = run(side, "speed", args, args.source)
-            print(json.dumps({"round": number, "side": side, **found}), flush=True)
-            tokens.add(found["tokens"])
-            assert len(tokens) == 1, f"{side} has other tokens than the sides before: {tokens}"
-            samples += [{"case": way, "side": side, "round": number, "values": [found[way]]} for way in WAYS]
+    with tempfile.TemporaryDirectory() as folder:
+        lines = Path(folder, "lines.jsonl")
+        write_lines(args, lines)
+        for number in range(args.rounds):
+            for side in (*SIDES, *MEGATRON):
+                found = run(side, "speed", args, lines if side in MEGATRON else args.source)
+                print(json.dumps({"round": number, "side": side, **found}), flush=True)
+                tokens.add(found["tokens"])
+                assert len(tokens) == 1, f"{side} has other tokens than the sides before: {tokens}"
+                samples += [
+                    {"case": way, "side": side, "round": number, "values": [found[way]]} for way in WAYS
+                ]
     return samples
 
 
@@ -247,7 +206,7 @@ def ratios(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = [
         record.ratio(way, f"tokens/s against {side}", values[way, side], values[way, "ours"],
                      better="higher", target=TARGETS.get((side, way)))
-        for side in SIDES if side != "ours"
+        for side in ("raw", *MEGATRON)
         for way in WAYS
     ]  # fmt: skip
     peaks = {side: values[case, side] for case, side in values if case == "memory"}
@@ -265,6 +224,9 @@ def main() -> None:
     parser.add_argument("--column", default="text")
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--peer", type=Path, help="Python with transformers; else BC2EXP_PEER, else one is made"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--times", type=int, default=10, help="0: no memory is measured")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
@@ -276,6 +238,7 @@ def main() -> None:
         return
     args.source = real_data.find(args.source, real_data.ALPACA, "--source")
     args.tokenizer = real_data.find(args.tokenizer, real_data.TOKENIZER, "--tokenizer")
+    args.peer = peers.interpreter(args.peer)
     samples = measure_speed(args)
     if args.times:
         samples += measure_memory(args)
@@ -284,6 +247,7 @@ def main() -> None:
         "ours": "bc2exp.data.prepare",
         "raw": "SentencePieceProcessor.encode of all texts, nothing is written",
         "megatron way": f"Pool.imap document by document, {CHUNK} at a time; .bin and .idx with numpy",
+        "hugging face": "the same with the tokenizer in transformers' class for SentencePiece",
     }
     whole = {"unit": "s a million tokens; memory: MiB"}
     whole |= {"sides": sides, "samples": samples, "ratios": entries}

@@ -52,8 +52,8 @@ class World:
         return dist.new_group(backend=get_backend(HOST).collectives, group_desc=_BESIDE)
 
     def join(self) -> None:
-        """Meet the other ranks. torchrun's environment says where; a single rank meets itself, because
-        the mixed precision of `shard` needs a process group of any size."""
+        """Meet the other ranks. torchrun's environment says where; a single rank meets itself, so that every
+        rank is in a process group."""
         if self.size > 1:
             dist.init_process_group(self.backend.collectives)
         else:
