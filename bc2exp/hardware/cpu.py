@@ -1,9 +1,4 @@
-"""The CPU backend: torch's fused attention, and what else a CPU does in fewer passes than the eager twins.
-
-torch's CPU attention has a causal mode but knows neither segments nor ALiBi, and a ready bias for
-13B at 4096 positions would be 2.7 GB. So where either is asked for, the bias is built for a block of
-query rows at a time, for the keys that block sees, and is rebuilt in backward instead of kept.
-"""
+"""The CPU backend, and what of a model a CPU does in fewer passes than the eager twins."""
 
 from __future__ import annotations
 
@@ -11,112 +6,15 @@ import os
 import platform
 import resource
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bc2exp.hardware import cpu_pointwise, eager
 from bc2exp.hardware.base import Ops
+from bc2exp.hardware.cpu_attention import attention
 from bc2exp.hardware.determinism import be_deterministic
 from bc2exp.hardware.probe import count_devices
-
-QUERY_BLOCK = 64
-"""Query rows whose bias exists at one time.
-
-Of 64, 128, 256 and 512 the fastest from 256 to 2048 positions (2 cores, forward and backward): the bias
-stays in the processor's cache, and fewer keys are computed that no row of the block may see.
-"""
-
-
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Tensor | None, slopes: Tensor | None, scale: float
-) -> Tensor:
-    """See `base.Attention`."""
-    num_queries, num_keys = q.shape[-2], k.shape[-2]
-    if segment_ids is None and slopes is None and num_queries in (num_keys, 1):
-        # One query at the last position sees every key: no mask at all.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale)
-    out: Tensor = _BlockedAttention.apply(q, k, v, segment_ids, slopes, scale)
-    return out
-
-
-class _BlockedAttention(torch.autograd.Function):
-    """Attention by blocks of query rows; keeps q, k, v and recomputes each block in backward.
-
-    torch's own autograd would keep the bias of every block, which together are the [N, S, K] tensor
-    that the blocks are there to avoid.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        segment_ids: Tensor | None,
-        slopes: Tensor | None,
-        scale: float,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, segment_ids, slopes)
-        ctx.scale = scale
-        out = torch.empty_like(q)
-        for rows, keys, bias in _blocks(q, k, segment_ids, slopes):
-            out[:, :, rows] = F.scaled_dot_product_attention(
-                q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=bias, scale=scale
-            )
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, segment_ids, slopes = ctx.saved_tensors
-        # Keys gather gradient from every block: sum in fp32, or bf16 would round once a block.
-        grad_q = torch.empty_like(q)
-        grad_k = torch.zeros_like(k, dtype=torch.float32)
-        grad_v = torch.zeros_like(v, dtype=torch.float32)
-        for rows, keys, bias in _blocks(q, k, segment_ids, slopes):
-            block_q, block_k, block_v = (
-                part.detach().requires_grad_() for part in (q[:, :, rows], k[:, :, keys], v[:, :, keys])
-            )
-            with torch.enable_grad():
-                out = F.scaled_dot_product_attention(
-                    block_q, block_k, block_v, attn_mask=bias, scale=ctx.scale
-                )
-            out.backward(grad_out[:, :, rows])
-            grad_q[:, :, rows] = block_q.grad
-            grad_k[:, :, keys].add_(block_k.grad)
-            grad_v[:, :, keys].add_(block_v.grad)
-        return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None
-
-
-def _blocks(
-    q: Tensor, k: Tensor, segment_ids: Tensor | None, slopes: Tensor | None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Blocks of query rows, the range of keys each can see, and the mask or bias between the two.
-
-    The third is bool [B or 1, 1, rows, keys] without slopes, fp32 [B or 1, N, rows, keys] with them
-    (torch adds an fp32 bias to bf16 scores in fp32).
-    """
-    num_queries, num_keys = q.shape[-2], k.shape[-2]
-    for start in range(0, num_queries, QUERY_BLOCK):
-        rows = slice(start, min(start + QUERY_BLOCK, num_queries))
-        stop = num_keys - num_queries + rows.stop
-        seen = None if segment_ids is None else segment_ids[:, :stop]
-        visible = eager.visible_keys(seen, rows.stop - rows.start, stop, q.device)
-        first = 0
-        if segment_ids is not None:
-            # Keys before the oldest segment of this block are seen by none of its rows.
-            first = int(visible.any(dim=1).any(dim=0).to(torch.uint8).argmax())
-        keys, visible = slice(first, stop), visible[:, None, :, first:]
-        if slopes is None:
-            yield rows, keys, visible
-        else:
-            bias = eager.alibi_bias(slopes, rows.stop - rows.start, stop - first)
-            yield rows, keys, bias[None].masked_fill(~visible, float("-inf"))
-
 
 EXPONENTIALS_BYTES = 2**21
 """What the fp32 copy of the rows takes that are worked on at one time: all passes over it stay in the

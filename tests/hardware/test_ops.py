@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from bc2exp.hardware import count_devices, cpu, eager, get_backend
+from bc2exp.hardware import count_devices, cpu, cpu_attention, eager, get_backend
 from bc2exp.model.positions import alibi_slopes, rope_tables
 
 OPS = get_backend("cpu").ops
@@ -89,20 +89,60 @@ def test_exponentials_by_rows_equal_those_of_all_at_once(monkeypatch, dtype, shi
         torch.testing.assert_close(found, (wide * scale).to(dtype))
 
 
-def test_no_bias_is_ever_as_large_as_all_scores():
-    largest = 0
-    q = torch.empty(1, 6, 2048, 8)
-    for _, _, bias in cpu._blocks(q, q, torch.ones(1, 2048, dtype=torch.int64), alibi_slopes(6)):
-        largest = max(largest, bias.numel())
-    assert largest <= 6 * cpu.QUERY_BLOCK * 2048
+def test_no_scores_are_ever_as_large_as_all_of_a_sample():
+    q = torch.empty(3, 6, 2048, 8)
+    for rows, keys, hidden, bias in cpu_attention._blocks(
+        q, q, torch.ones(1, 2048, dtype=torch.int64), alibi_slopes(6)
+    ):
+        count, seen = rows.stop - rows.start, keys.stop - keys.start
+        assert count * 16 <= 2048
+        assert bias.shape == (1, 6, count, seen)
+        assert hidden.numel() <= count * seen
+        for part in cpu_attention._parts(q, rows, keys):
+            assert q[part].shape[:2].numel() * count * seen * 4 <= cpu_attention.SCORES_BYTES
+
+
+@pytest.mark.parametrize("scores_bytes", [1, 64 * 64 * 4 * 3, 2**30])
+def test_the_parts_are_every_sample_and_head_once(scores_bytes, monkeypatch):
+    monkeypatch.setattr(cpu_attention, "SCORES_BYTES", scores_bytes)
+    q = torch.zeros(5, 4, 64, 8)
+    for part in cpu_attention._parts(q, slice(0, 64), slice(0, 64)):
+        q[part] += 1
+    assert (q == 1).all()
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4, 6, 18])
+def test_attention_is_the_same_however_many_heads_are_worked_on_at_once(heads, monkeypatch):
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, 6, 200, 16) for _ in range(3)]
+    settings = {"segment_ids": packed(3, 200), "slopes": alibi_slopes(6)}
+    expected = outputs_and_gradients(eager.attention, tensors, **settings)
+    monkeypatch.setattr(cpu_attention, "SCORES_BYTES", heads * 64 * 200 * 4)
+    for mine, theirs in zip(outputs_and_gradients(OPS.attention, tensors, **settings), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_the_scores_of_bf16_are_fp32():
+    # Two keys compete for the last query, with scores of 256 and 257: in bf16 the second is 256, too.
+    q, k, v = (torch.zeros(1, 1, 100, 8, dtype=torch.bfloat16) for _ in range(3))
+    q[..., :2] = torch.tensor([16.0, 1.0])
+    k[..., :2] = torch.tensor([-16.0, 0.0])
+    k[..., 3, :2] = torch.tensor([16.0, 0.0])
+    k[..., 7, :2] = torch.tensor([16.0, 1.0])
+    v[..., 7, :] = 1.0
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    out = OPS.attention(q, k, v, segment_ids=None, slopes=None, scale=1.0)
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    expected = torch.tensor([0.0, 1.0]).softmax(0)[1]
+    torch.testing.assert_close(out[0, 0, -1, 0].float(), expected, rtol=4e-3, atol=0)
 
 
 def test_keys_that_a_block_cannot_see_are_not_computed():
-    ids = torch.arange(1, 17).repeat_interleave(64)[None]
+    ids = torch.arange(1, 9).repeat_interleave(128)[None]
     q = torch.empty(1, 1, 1024, 8)
-    assert 64 % cpu.QUERY_BLOCK == 0
-    for rows, keys, _ in cpu._blocks(q, q, ids, None):
-        assert (keys.start, keys.stop) == (rows.start // 64 * 64, rows.stop)
+    assert 128 % cpu_attention.query_block(1024) == 0
+    for rows, keys, _, _ in cpu_attention._blocks(q, q, ids, None):
+        assert (keys.start, keys.stop) == (rows.start // 128 * 128, rows.stop)
 
 
 def test_the_bias_is_fp32_for_bf16_scores():
