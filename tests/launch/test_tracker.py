@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -32,6 +33,16 @@ def test_a_follower_that_hangs_is_not_waited_for_longer_than_its_patience(run, m
         f"`python -m bc2exp task=sync task.run={run}` records it later"
     )
     assert follower._process.returncode == -9
+
+
+@pytest.mark.parametrize("own", [0, 15])
+def test_a_follower_gives_way_to_the_ranks(own, run, monkeypatch):
+    monkeypatch.setattr(launch, "_command", lambda *_: [sys.executable, "-c", "input()"])
+    monkeypatch.setattr(launch.os, "getpriority", lambda which, who: own)
+    follower = launch.Tracker(run, 0.1)
+    monkeypatch.undo()
+    assert os.getpriority(os.PRIO_PROCESS, follower._process.pid) == min(own + 10, 19)
+    follower.close(give_up=lambda: True)
 
 
 def test_a_sync_takes_what_is_tracked_and_over(run, tmp_path):
