@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import AnyStr
@@ -17,6 +18,7 @@ import sentencepiece
 
 from bc2exp.config.errors import UserError
 from bc2exp.embedded import TOKENIZER
+from bc2exp.text.words import Words, find_words
 
 _BATCH_DOCUMENTS = 1024
 
@@ -53,6 +55,10 @@ class Tokenizer:
         """The ids of a text; nothing is added."""
         return list(self._processor.encode(text))
 
+    @cached_property
+    def _words(self) -> Words | None:
+        return find_words(self._processor)
+
     def piece(self, index: int) -> str:
         """The piece of an id: `</s>` for 2."""
         return str(self._processor.id_to_piece(index))
@@ -68,6 +74,10 @@ class Tokenizer:
 
     def encode_documents(self, documents: Iterable[AnyStr], *, num_threads: int = 1) -> Iterator[array[int]]:
         """The ids (int32) of each document (str, or bytes of UTF-8), in order, in bounded memory."""
+        if num_threads == 1 and self._words is not None:
+            for document in documents:
+                yield self._words.encode(document.encode() if isinstance(document, str) else document)
+            return
         stream = iter(documents)
         while batch := list(islice(stream, _BATCH_DOCUMENTS)):
             for ids in self._processor.encode(batch, num_threads=num_threads):
