@@ -21,7 +21,8 @@ from bc2exp.storage.lock import is_held
 from bc2exp.tracking.signals import undisturbed
 
 _POLL_SECONDS = 0.1
-_NICENESS = 10
+_LAST = 19
+"""The niceness that gives way to every other."""
 _GRACE_SECONDS = 5.0
 """The follower ends its own patience, with a reason. One that a request keeps from it is ended after this."""
 
@@ -45,8 +46,7 @@ class Tracker:
                 start_new_session=True,  # Ctrl-C is the parent's to answer
             )
         # Where the ranks keep all processors busy, it takes its turn in the gaps that they leave.
-        niceness = min(os.getpriority(os.PRIO_PROCESS, 0) + _NICENESS, 19)
-        os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
+        os.setpriority(os.PRIO_PROCESS, self._process.pid, _LAST)
 
     def close(self, give_up: Callable[[], bool]) -> str | None:
         """Say that the run is over and wait, until `give_up` says that nobody wants to wait any longer.

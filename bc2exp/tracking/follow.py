@@ -7,6 +7,7 @@ journal has it all.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import sys
@@ -74,6 +75,7 @@ def follow(folder: Path, connect: Connect, patience: float, parent: Parent) -> i
                 replay = Replay(run, connect, live=True)
                 replay.advance()
                 _close_abandoned(run, connect)
+                gc.freeze()  # MLflow is 280,000 objects; to look at them again takes as long as 400 steps
             began = time.process_time()
             replay.advance()
             pause = _pause_after(time.process_time() - began)
@@ -84,6 +86,7 @@ def follow(folder: Path, connect: Connect, patience: float, parent: Parent) -> i
             if not told:
                 _say(f"{_unreached(run, error)}; the training goes on")
                 told = True
+    gc.unfreeze()
     return _finish(run, replay, connect, patience, orphaned=word == "gone")
 
 
