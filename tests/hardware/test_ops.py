@@ -122,7 +122,17 @@ def test_attention_is_the_same_however_many_heads_are_worked_on_at_once(heads, m
         torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5)
 
 
-def test_the_scores_of_bf16_are_fp32(monkeypatch):
+@pytest.fixture
+def exact_products():
+    """torch's setting for fp32 products: its default, and back to what it was."""
+    setting = torch.backends.mkldnn.matmul
+    before = setting.fp32_precision
+    setting.fp32_precision = "ieee"
+    yield setting
+    setting.fp32_precision = before
+
+
+def test_the_scores_of_bf16_are_fp32(exact_products):
     # Two keys compete for the last query, with scores of 256 and 257: in bf16 the second is 256, too.
     q, k, v = (torch.zeros(1, 1, 100, 8, dtype=torch.bfloat16) for _ in range(3))
     q[..., :2] = torch.tensor([16.0, 1.0])
@@ -130,9 +140,8 @@ def test_the_scores_of_bf16_are_fp32(monkeypatch):
     k[..., 3, :2] = torch.tensor([16.0, 0.0])
     k[..., 7, :2] = torch.tensor([16.0, 1.0])
     v[..., 7, :] = 1.0
-    monkeypatch.setattr(torch.backends.mkldnn.matmul, "fp32_precision", "ieee")
     out = OPS.attention(q, k, v, segment_ids=None, slopes=None, scale=1.0)
-    assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    assert exact_products.fp32_precision == "ieee"
     expected = torch.tensor([0.0, 1.0]).softmax(0)[1]
     torch.testing.assert_close(out[0, 0, -1, 0].float(), expected, rtol=4e-3, atol=0)
 
