@@ -53,7 +53,9 @@ class AdamW(torch.optim.AdamW):
                 torch._foreach_mul_([local(p.grad) for p in given], factor)
             self._torch_step()
             return
-        room = torch.empty(max(BLOCK, *(p[0].numel() for p in given)), device=given[0].device)
+        room = torch.empty(
+            max(min(p.numel(), max(BLOCK, p[0].numel())) for p in given), device=given[0].device
+        )
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
