@@ -111,15 +111,12 @@ def _exact_products(dtype: torch.dtype) -> Iterator[None]:
         setting.fp32_precision = before
 
 
-def _probabilities(
-    scores: Tensor, hidden: Tensor | None, bias: Tensor | None, part: tuple[slice, slice]
-) -> Tensor:
+def _probabilities(scores: Tensor, hidden: Tensor, bias: Tensor | None, part: tuple[slice, slice]) -> Tensor:
     """softmax(scores + bias) where `hidden` does not forbid it; the scores are then no longer good."""
     if bias is not None:
         scores += _of_part(bias, part)
-    if hidden is not None:
-        # of the last keys
-        scores[..., scores.shape[-1] - hidden.shape[-1] :].masked_fill_(_of_part(hidden, part), float("-inf"))
+    # of the last keys
+    scores[..., scores.shape[-1] - hidden.shape[-1] :].masked_fill_(_of_part(hidden, part), float("-inf"))
     return scores.softmax(dim=-1)
 
 
@@ -153,7 +150,7 @@ def query_block(num_queries: int) -> int:
 
 def _blocks(
     q: Tensor, k: Tensor, segment_ids: Tensor | None, slopes: Tensor | None
-) -> Iterator[tuple[slice, slice, Tensor | None, Tensor | None]]:
+) -> Iterator[tuple[slice, slice, Tensor, Tensor | None]]:
     """Blocks of query rows, the range of keys each can see, which of the last of these each row may not see,
     bool [B or 1, 1, rows, last keys], and fp32 [1, N, rows, keys] with slopes."""
     num_queries, num_keys = q.shape[-2], k.shape[-2]

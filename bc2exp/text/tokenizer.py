@@ -72,15 +72,15 @@ class Tokenizer:
         """The text of ids: `decode(encode(text)) == text`."""
         return str(self._processor.decode(list(ids)))
 
-    def encode_documents(self, documents: Iterable[AnyStr], *, num_threads: int = 1) -> Iterator[array[int]]:
+    def encode_documents(self, documents: Iterable[AnyStr]) -> Iterator[array[int]]:
         """The ids (int32) of each document (str, or bytes of UTF-8), in order, in bounded memory."""
-        if num_threads == 1 and self._words is not None:
+        if self._words is not None:
             for document in documents:
                 yield self._words.encode(document.encode() if isinstance(document, str) else document)
             return
         stream = iter(documents)
         while batch := list(islice(stream, _BATCH_DOCUMENTS)):
-            for ids in self._processor.encode(batch, num_threads=num_threads):
+            for ids in self._processor.encode(batch, num_threads=1):
                 yield array("i", ids)
 
 

@@ -3,7 +3,8 @@
 SentencePiece looks at a text as a whole. But no merge of BPE, and no path of a unigram model, crosses a place
 between two characters that no piece has side by side. Where a model has no piece with a space behind another
 character, the ids of a text are therefore those of its words, and most words of a text have come before.
-Characters that share a piece with no other (in Baichuan2: digits, stops, line ends) are words of their own.
+Characters that share a piece with no other are words of their own; in Baichuan2 tabs, line ends, stops and
+question marks.
 """
 
 from __future__ import annotations

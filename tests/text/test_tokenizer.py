@@ -11,7 +11,7 @@ from tests.shared_data import shared_data
 def test_documents_are_encoded_alike_in_batches_and_alone() -> None:
     tokenizer = Tokenizer(TOKENIZER)
     texts = [f"第{n}份外卖 came late, {n} minutes.\t" for n in range(2500)]  # more than one batch
-    together = [list(ids) for ids in tokenizer.encode_documents(texts, num_threads=2)]
+    together = [list(ids) for ids in tokenizer.encode_documents(texts)]
     assert together == [tokenizer.encode(text) for text in texts]
     assert [tokenizer.decode(ids) for ids in together] == texts
 
