@@ -94,7 +94,8 @@ def causal_mask(device: torch.device) -> Tensor:
     if mask is None:
         # Made for inference, it could not be saved for a backward pass later.
         with torch.inference_mode(False):
-            mask = torch.ones(_MASK_LENGTH, _MASK_LENGTH, dtype=torch.bool, device=device).triu(1)
+            # In place: a second one would be the most that a small model takes at any moment.
+            mask = torch.ones(_MASK_LENGTH, _MASK_LENGTH, dtype=torch.bool, device=device).triu_(1)
         if type(mask) is Tensor:  # not one without storage, which would be wrong in the next run
             _masks[device] = mask
     return mask
