@@ -1,8 +1,9 @@
 """Attention on a CPU, by blocks of query rows and of heads whose scores stay in the processor's cache.
 
 torch's own has a causal mode but knows neither segments nor ALiBi, computes in bf16 what no row may see, and
-takes twice as long as the products and passes below. Scores and what comes of them are fp32: products of bf16
-numbers are exact in it, which torch calls fp32 products of bf16 precision.
+takes twice as long as the products and passes below, but where the processor multiplies tiles of bf16 (AMX).
+Scores and what comes of them are fp32: products of bf16 numbers are exact in it, which torch calls fp32
+products of bf16 precision.
 
 Legend as in `base`.
 """
@@ -22,6 +23,10 @@ from bc2exp.hardware import eager
 SCORES_BYTES = 2**23
 """What the scores of a block take, of as many heads, or of as many samples, as that allows."""
 
+TILED_QUERIES = 256
+"""From how many queries torch's own kernel is the faster one where the processor has tiles: 0.8 of the time
+of ours with 256, 0.4 with 2,048, but 1.5 with 128 (both passes on a Xeon, 16 heads of 64; docs/LOG.md)."""
+
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, segment_ids: Tensor | None, slopes: Tensor | None, scale: float
@@ -29,11 +34,16 @@ def attention(
     """See `base.Attention`."""
     num_queries, num_keys = q.shape[-2], k.shape[-2]
     plain = segment_ids is None and slopes is None
-    if plain and (num_queries == 1 or (num_queries == num_keys and q.dtype == torch.float32)):
+    if plain and (num_queries == 1 or (num_queries == num_keys and _is_torch_faster(q.dtype, num_queries))):
         # One query at the last position sees every key: no mask at all.
         return F.scaled_dot_product_attention(q, k, v, is_causal=num_queries > 1, scale=scale)
     out: Tensor = _BlockedAttention.apply(q, k, v, segment_ids, slopes, scale)
     return out
+
+
+def _is_torch_faster(dtype: torch.dtype, num_queries: int) -> bool:
+    tiles = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return dtype == torch.float32 or (tiles and num_queries >= TILED_QUERIES)
 
 
 class _BlockedAttention(torch.autograd.Function):

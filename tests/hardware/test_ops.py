@@ -37,8 +37,10 @@ def outputs_and_gradients(attention, tensors, **settings):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alibi", [False, True])
 @pytest.mark.parametrize("segments", [False, True])
+@pytest.mark.parametrize("tiles", [False, True])
 @pytest.mark.parametrize("length", [7, 600])
-def test_attention_equals_its_eager_twin(dtype, alibi, segments, length):
+def test_attention_equals_its_eager_twin(dtype, alibi, segments, tiles, length, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
     torch.manual_seed(0)
     num_heads = 6
     tensors = [torch.randn(3, num_heads, length, 16).to(dtype) for _ in range(3)]
@@ -144,6 +146,22 @@ def test_the_scores_of_bf16_are_fp32(exact_products):
     assert exact_products.fp32_precision == "ieee"
     expected = torch.tensor([0.0, 1.0]).softmax(0)[1]
     torch.testing.assert_close(out[0, 0, -1, 0].float(), expected, rtol=4e-3, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tiles", "length", "faster"),
+    [
+        (torch.float32, False, 64, True),
+        (torch.bfloat16, False, 4096, False),
+        (torch.bfloat16, True, 128, False),
+        (torch.bfloat16, True, 256, True),
+    ],
+)
+def test_torchs_own_kernel_is_taken_where_it_is_the_faster_one(dtype, tiles, length, faster, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": tiles})
+    q = torch.zeros(1, 1, length, 8, dtype=dtype, requires_grad=True)
+    out = OPS.attention(q, q, q, segment_ids=None, slopes=None, scale=1.0)
+    assert ("FlashAttentionForCpu" in type(out.grad_fn).__name__) == faster
 
 
 def test_keys_that_a_block_cannot_see_are_not_computed():
