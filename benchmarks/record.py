@@ -129,7 +129,9 @@ def table(record: dict[str, Any]) -> str:
     for entry in record["ratios"]:
         target = "" if entry["target"] is None else f"{entry['target']:g}"
         reached = {None: "", True: "yes", False: "no"}[meets(entry)]
-        figures = f"{entry['value']:.2f} | {entry['best']:.2f}"
+        figures = " | ".join(
+            f"{value:{'.2f' if value >= 0.1 else '.1g'}}" for value in (entry["value"], entry["best"])
+        )
         lines.append(f"| {entry['case']} | {entry['name']} | {figures} | {target} | {reached} |")
     if "points" in record:
         head, *rows = (f"| {' | '.join(row)} |" for row in record["points"])
