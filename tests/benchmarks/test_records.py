@@ -58,9 +58,41 @@ def test_a_target_is_reached_from_its_own_side(better, target, expected):
 def test_a_later_ratio_may_be_worse_by_its_margin(better, today, expected):
     committed = {"ratios": [entry(3.0, better), {**entry(3.0, better), "case": "nobody ran it"}]}
     now = {"ratios": [{**entry(3.0, better), "value": today}]}
-    (found,) = check.verdicts(committed, now)
-    assert found[1:3] == (3.0, today)
-    assert found[4] is expected
+    found, missing = check.verdicts(committed, now)
+    assert (found.committed, found.today, found.is_worse) == (3.0, today, expected)
+    assert str(found).endswith("WORSE" if expected else "ok")
+    assert not missing.is_worse
+    assert str(missing) == "nobody ran it: a figure: committed 3, not measured today"
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_a_benchmark_runs_with_the_words_of_its_record_and_a_failure_is_said(
+    failing, tmp_path, monkeypatch, capsys
+):
+    made = {"date": "", "command": "python benchmarks/one.py --steps 5 --rounds 3"}
+    then = {"ratios": [entry(3.0, "higher")], "samples": [], "machine": {"processor": "A"}, **made}
+    (tmp_path / "one.json").write_text(json.dumps(then))
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "one.py").write_text(
+        "import json, sys\n"
+        "from pathlib import Path\n"
+        "assert sys.argv[1:-1] == ['--steps', '5', '--rounds', '3', '--rounds', '1', '--results']\n"
+        f"if {failing}: sys.exit(3)\n"
+        f"found = json.loads(Path({str(tmp_path / 'one.json')!r}).read_text())\n"
+        "found['machine']['processor'] = 'B'\n"
+        "(Path(sys.argv[-1]) / 'one.json').write_text(json.dumps(found))\n"
+    )
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record.read, "__defaults__", (tmp_path,))
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == int(failing)
+    printed = capsys.readouterr().out.splitlines()
+    if failing:
+        assert printed[0].startswith("one  FAILED with code 3: ")
+    else:
+        ok = "one  a case: a figure: committed 3, today 3, allowed 2.55  ok"
+        assert printed == ["one  made on A, today's on B", ok]
 
 
 @pytest.mark.skipif(not NAMES, reason="no record is committed")
