@@ -6,9 +6,10 @@ import pytest
 import torch
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Run each test on one thread; a conftest imports this to have it."""
+    """Run the tests of a module on one thread, and what they share, too: with two, some processors round
+    otherwise. A conftest imports this to have it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
