@@ -49,10 +49,9 @@ def verdicts(committed: dict[str, Any], today: dict[str, Any]) -> list[Verdict]:
     for entry in committed["ratios"]:
         name = entry["name"].partition(",")[0]  # what follows is a measured rate
         value = values.get((entry["case"], name))
-        sign = -1 if entry["better"] == "higher" else 1
-        allowed = entry["value"] * (1 + sign * entry["margin"])
         is_worse = value is not None and record.is_worse(entry, value)
-        found.append(Verdict(f"{entry['case']}: {name}", entry["value"], value, allowed, is_worse))
+        what = f"{entry['case']}: {name}"
+        found.append(Verdict(what, entry["value"], value, record.allowed(entry), is_worse))
     return found
 
 
@@ -75,7 +74,7 @@ def main() -> int:
         return 2
     worse = False
     for name in args.names or known:
-        then = record.read(name)
+        then = record.read(name, record.RESULTS)
         with tempfile.TemporaryDirectory() as scratch:
             words = [*shlex.split(then["command"])[2:], "--rounds", str(args.rounds), "--results", scratch]
             command = [sys.executable, str(record.ROOT / "benchmarks" / f"{name}.py"), *words]

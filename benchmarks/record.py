@@ -86,11 +86,16 @@ def meets(entry: dict[str, Any]) -> bool | None:
     return bool(entry["value"] <= entry["target"])
 
 
+def allowed(committed: dict[str, Any]) -> float:
+    """The worst value that a ratio's margin allows later."""
+    sign = -1 if committed["better"] == "higher" else 1
+    return float(committed["value"] * (1 + sign * committed["margin"]))
+
+
 def is_worse(committed: dict[str, Any], today: float) -> bool:
-    """Whether today's value is worse than the committed one by more than its margin."""
-    if committed["better"] == "higher":
-        return today < committed["value"] * (1 - committed["margin"])
-    return today > committed["value"] * (1 + committed["margin"])
+    """Whether today's value is worse than what is `allowed`."""
+    higher = committed["better"] == "higher"
+    return today < allowed(committed) if higher else today > allowed(committed)
 
 
 PLACES = ("--results", "--peer", "--folder", "--source", "--tokenizer", "--waimai")
@@ -123,15 +128,18 @@ def read(name: str, results: Path = RESULTS) -> dict[str, Any]:
     return whole
 
 
+def _shown(value: float) -> str:
+    """Two decimals, or of small figures the first digit."""
+    return f"{value:.2f}" if value >= 0.1 else f"{value:.1g}"
+
+
 def table(record: dict[str, Any]) -> str:
     """A record's ratios in Markdown, the rows of its `points` if it has them, and where they come from."""
     lines = ["| case | figure | of medians | of the best | target | reached |", "|---|---|---|---|---|---|"]
     for entry in record["ratios"]:
         target = "" if entry["target"] is None else f"{entry['target']:g}"
         reached = {None: "", True: "yes", False: "no"}[meets(entry)]
-        figures = " | ".join(
-            f"{value:{'.2f' if value >= 0.1 else '.1g'}}" for value in (entry["value"], entry["best"])
-        )
+        figures = f"{_shown(entry['value'])} | {_shown(entry['best'])}"
         lines.append(f"| {entry['case']} | {entry['name']} | {figures} | {target} | {reached} |")
     if "points" in record:
         head, *rows = (f"| {' | '.join(row)} |" for row in record["points"])

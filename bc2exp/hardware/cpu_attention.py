@@ -42,8 +42,9 @@ def attention(
 
 
 def _is_torch_faster(dtype: torch.dtype, num_queries: int) -> bool:
-    tiles = torch.cpu.get_capabilities().get("amx_bf16", False)
-    return dtype == torch.float32 or (tiles and num_queries >= TILED_QUERIES)
+    if dtype == torch.float32:
+        return True
+    return num_queries >= TILED_QUERIES and torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
 class _BlockedAttention(torch.autograd.Function):

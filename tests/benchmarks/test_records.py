@@ -84,7 +84,6 @@ def test_a_benchmark_runs_with_the_words_of_its_record_and_a_failure_is_said(
     )
     monkeypatch.setattr(record, "ROOT", tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(record.read, "__defaults__", (tmp_path,))
     monkeypatch.setattr(sys, "argv", ["check.py"])
     assert check.main() == int(failing)
     printed = capsys.readouterr().out.splitlines()
