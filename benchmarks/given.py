@@ -15,7 +15,7 @@ def weights(folder: Path, shape: dict[str, Any]) -> None:
     `folder`/llama, the rows of its head normalised once."""
     import torch
 
-    from bc2exp.model.baichuan2 import initial_tensor
+    from bc2exp.model.initial import initial_tensor
     from bc2exp.weights import save_hf
     from bc2exp.weights.convert import convert
     from bc2exp.weights.hf import open_hf

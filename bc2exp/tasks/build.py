@@ -21,7 +21,8 @@ from bc2exp.data.batches import MicroBatch
 from bc2exp.hardware.base import Ops
 from bc2exp.hardware.eager import with_twins
 from bc2exp.hardware.phase import LOAD, SAVE, phase
-from bc2exp.model.baichuan2 import Baichuan2, initial_tensor, parameter_count
+from bc2exp.model.baichuan2 import Baichuan2, parameter_count
+from bc2exp.model.initial import initial_tensor
 from bc2exp.parallel.layout import Layout, parallelize
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.shard import local

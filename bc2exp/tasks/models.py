@@ -14,7 +14,8 @@ from bc2exp.config.model import ModelConfig
 from bc2exp.config.model_folders import RESOLVED, ModelFolder, find_model_folder
 from bc2exp.config.parallelism import AXES, degrees
 from bc2exp.config.root import Config
-from bc2exp.model.baichuan2 import Baichuan2, initial_tensor
+from bc2exp.model.baichuan2 import Baichuan2
+from bc2exp.model.initial import initial_tensor
 from bc2exp.parallel.layout import Layout, lay_out_copies
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.world import World

@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bc2exp.hardware import eager, get_backend, npu_attention
-from bc2exp.model.baichuan2 import Baichuan2, init_weights
+from bc2exp.model import Baichuan2, init_weights
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.recompute import set_recompute
 from bc2exp.parallel.tensor import cut_layers

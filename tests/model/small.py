@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bc2exp.hardware import get_backend
-from bc2exp.model.baichuan2 import Baichuan2, init_weights
+from bc2exp.model import Baichuan2, init_weights
 
 VOCAB = 131
 

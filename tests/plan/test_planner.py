@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bc2exp.hardware import get_backend, planning_ops
-from bc2exp.model.baichuan2 import Baichuan2, init_weights
+from bc2exp.model import Baichuan2, init_weights
 from bc2exp.parallel.mesh import Mesh
 from bc2exp.parallel.recompute import set_recompute
 from bc2exp.parallel.world import World
